@@ -1,0 +1,1 @@
+"""Discrete diffusion with partial masking: pure functions of tensors, without files, configuration or hidden noise."""
