@@ -1,0 +1,249 @@
+"""What an engine is, and the parts that every engine of ours is put together from.
+
+The contract that makes results independent of the world size: a client's loss is a local SUM divided by the GLOBAL
+count, and the engine adds gradients over ranks without averaging. Initial weights are drawn for each parameter from a
+stream keyed by its name, so they do not depend on how, or whether, the model is sharded.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from launch.config import Seconds
+from launch.errors import ConfigError
+from launch.random import generator, stream_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    strategy: Literal["ddp", "fsdp2"] = (
+        "ddp"  # ddp: every rank holds all; fsdp2: weights, gradients, states are sharded
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if torch sees one
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: compute in bf16; master weights, reductions, states stay fp32
+    replicas: int = 1  # fsdp2: hybrid sharding, this many replicas of the model, each sharded over world/replicas ranks
+    reshard_after_forward: bool = True  # fsdp2: free a block's gathered weights between its forward and its backward
+    cpu_offload: bool = False  # fsdp2: keep sharded weights, gradients and states in host memory
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective keeps matmuls and attention
+    compile: bool = False  # torch.compile each block
+    ema_decay: float | None = None  # keep an exponential average of the weights; evaluation, sampling, export use it
+    timeout: Seconds = 600.0  # of every collective: a dead link is an error after this long
+
+    def check(self, path: str) -> None:
+        if self.strategy != "fsdp2":
+            for name, default in (("replicas", 1), ("cpu_offload", False)):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{path}.{name} = {getattr(self, name)} works with strategy fsdp2, not {self.strategy}; "
+                        f"set {path}.strategy=fsdp2 or {path}.{name}={str(default).lower()}"
+                    )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"{path}.ema_decay = {self.ema_decay}; need 0 < ema_decay < 1, or null for no average")
+        if self.timeout <= 0:
+            raise ConfigError(f"{path}.timeout = {self.timeout}; need a positive time such as 10min")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, ICLR 2019)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled; on matrices only (the model says which parameters are exempt)
+    clip: float | None = 1.0  # largest norm of the global gradient; null for no clipping
+
+    def check(self, path: str) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"{path}.betas = {list(self.betas)}; both must lie in [0, 1)")
+        if self.eps <= 0 or self.weight_decay < 0 or (self.clip is not None and self.clip <= 0):
+            raise ConfigError(
+                f"{path}: eps = {self.eps}, weight_decay = {self.weight_decay}, clip = {self.clip}; "
+                "need eps > 0, weight_decay >= 0, clip > 0 or null"
+            )
+
+
+class TrainableModel(Protocol):
+    """What an engine asks of a model, besides being an `nn.Module` that can be built on the meta device."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The units of activation checkpointing, compilation and sharding."""
+        ...
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fill the full tensor of the parameter called `name` in place."""
+        ...
+
+    def no_decay(self, name: str) -> bool:
+        """Whether weight decay leaves this parameter alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    grad_norm: float  # of the global gradient before clipping; the same on every rank
+    applied: bool  # False if the step was refused
+
+
+class Engine(Protocol):
+    module: nn.Module  # what clients call
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate d(loss). `loss` is a local sum over the global count; only `last` communicates. Collective."""
+        ...
+
+    def step(self, lr: float, accept: Callable[[float], bool]) -> StepInfo:
+        """Clip, then update if `accept(global gradient norm)`; clear the gradients. Collective."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors by canonical name (`model.*`, `optim.exp_avg.*`, `optim.exp_avg_sq.*`, `ema.*`)."""
+        ...
+
+    def scalars(self) -> dict[str, Any]:
+        """The rest of the state, as JSON."""
+        ...
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None: ...
+
+    def evaluation(self) -> AbstractContextManager[nn.Module]:
+        """The module with averaged weights (if any), gathered on every rank so that forwards need no communication."""
+        ...
+
+    def describe(self) -> str:
+        """One line: what was really wrapped, in which types. Raises if it is not what was asked for."""
+        ...
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class Updates:
+    """AdamW, gradient clipping and the weight average of one model, on whatever shards this rank holds."""
+
+    def __init__(
+        self, model: nn.Module, no_decay: Callable[[str], bool], config: OptimizerConfig, ema_decay: float | None
+    ):
+        self.parameters = dict(model.named_parameters())  # ties appear once, under their first name
+        self._clip, self._ema_decay = config.clip, ema_decay
+        groups = [
+            {"params": [p for n, p in self.parameters.items() if no_decay(n) == exempt], "weight_decay": decay}
+            for exempt, decay in ((False, config.weight_decay), (True, 0.0))
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True
+        )
+        # AdamW makes its states at the first step; made here they count from the start and can be loaded into.
+        for p in self.parameters.values():
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=_local(p).device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if ema_decay is not None else {}
+
+    @torch.no_grad()
+    def step(self, lr: float, accept: Callable[[float], bool]) -> StepInfo:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = float(
+            norm.full_tensor() if isinstance(norm, DTensor) else norm
+        )  # the one host synchronisation of a step
+        applied = accept(norm)
+        if applied:
+            if self._clip is not None and norm > self._clip:
+                torch._foreach_mul_([_local(g) for g in gradients], self._clip / (norm + 1e-6))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            if self._ema_decay is not None:
+                shadows = [_local(shadow) for shadow in self.average.values()]
+                torch._foreach_lerp_(shadows, [_local(p) for p in self.parameters.values()], 1 - self._ema_decay)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepInfo(norm, applied)
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            moments = self.optimizer.state[p]
+            state[f"model.{name}"] = p.detach()
+            state[f"optim.exp_avg.{name}"] = moments["exp_avg"]
+            state[f"optim.exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        return state | {f"ema.{name}": shadow for name, shadow in self.average.items()}
+
+    def scalars(self) -> dict[str, Any]:
+        """The number of applied updates, which AdamW's bias correction needs."""
+        return {"updates": int(next(iter(self.optimizer.state.values()))["step"].item())}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(scalars["updates"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, if an average is kept."""
+        trained = {n: _local(self.parameters[n]).detach().clone() for n in self.average}
+        with torch.no_grad():
+            for name, shadow in self.average.items():
+                _local(self.parameters[name]).copy_(_local(shadow))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weights in trained.items():
+                    _local(self.parameters[name]).copy_(weights)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, rules: TrainableModel, seed: int) -> None:
+    """Fill every parameter (or this rank's shard of it) from the stream of its name.
+
+    The full tensor of one parameter at a time exists in host memory, so that the draw is the same on every device.
+    """
+    for name, p in model.named_parameters():
+        full = torch.empty(p.shape, dtype=torch.float32)
+        rules.init_parameter(name, full, generator(stream_key(seed, "init", name)))
+        if isinstance(p, DTensor):
+            # src_data_rank=None: cut the local copy, which is equal on every rank, instead of scattering rank 0's
+            shard = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
+            _local(p).copy_(shard.to_local())
+        else:
+            p.copy_(full)
+
+
+def prepare_blocks(model: TrainableModel, config: EngineConfig) -> None:
+    """Activation checkpointing, then compilation, of each block in place: parameter names stay canonical."""
+    for block in model.blocks:
+        if config.activation_checkpointing != "none":
+            options = (
+                {"context_fn": _keep_expensive_operations} if config.activation_checkpointing == "selective" else {}
+            )
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+        if config.compile:
+            block.compile(dynamic=False)
+
+
+def _keep_expensive_operations():  # noqa: ANN202 - the pair of context managers that torch.utils.checkpoint expects
+    attention = (
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    )
+    kept = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, *attention)
+
+    def policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
