@@ -36,7 +36,7 @@ def build_codec(
     """The codec of `vocab_size` tokens with `granularity` digits each.
 
     shuffle_seed: draw pi from numpy's PCG64 with this seed; None keeps the identity. scope "tokens" permutes the codes
-    0..V-1 among themselves (the Prime-v2 1.1B run), "all_codes" spreads the tokens over all b**l codes (its scaling law).
+    0..V-1 among themselves (the Prime-v2 1.1B run), "all_codes" spreads the tokens over all b**l codes (its scaling).
     permutation: pi itself, instead of a seed, as an integer array over V or over b**l codes (for a published table).
     Raises ValueError when the sizes, the seed and the permutation do not fit together.
     """

@@ -47,7 +47,7 @@ def digit_log_probs(logits: Tensor, revealed: Tensor, codec: Codec) -> Tensor:
 
 
 def group_log_prob(logits: Tensor, revealed: Tensor, tokens: Tensor, group: Tensor, codec: Codec) -> Tensor:
-    """log p(x_R) [P]: mass of the consistent tokens that agree with `tokens` [P] on the digits `group` (bool [P, l])."""
+    """log p(x_R) [P]: mass of the consistent tokens agreeing with `tokens` [P] on the digits `group` (bool [P, l])."""
     scores = filter_logits(logits, revealed, codec)
     after = torch.where(group, codec.encode(tokens), revealed)
     return filter_logits(scores, after, codec).logsumexp(-1) - scores.logsumexp(-1)
