@@ -1,0 +1,56 @@
+"""Faults on demand, so that tests can end or hurt a process between any two operations of a protocol.
+
+UNMASK_FAULT="checkpoint.after_rename:kill" kills the process the first time that point is reached. The full form is
+POINT:ACTION[:RANK[:HIT]]; RANK is a number or `*` (default 0), HIT counts from 1. Actions: `kill` (SIGKILL to itself),
+`enospc` (the OSError of a full disk), `error` (a RuntimeError). Unset, as always outside tests, a point is one
+comparison with None.
+"""
+
+import errno
+import os
+import re
+import signal
+from dataclasses import dataclass
+
+ACTIONS = ("kill", "enospc", "error")
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    point: str
+    action: str
+    hits_left: int
+
+
+def fault(point: str) -> None:
+    """A named point of a protocol. Does nothing unless UNMASK_FAULT names it."""
+    if _PLAN is not None and _PLAN.point == point:
+        _strike(_PLAN)
+
+
+def _strike(plan: _Plan) -> None:
+    plan.hits_left -= 1
+    if plan.hits_left != 0:
+        return
+    if plan.action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if plan.action == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), plan.point)
+    raise RuntimeError(f"fault at {plan.point}")
+
+
+def _plan(text: str | None, rank: str) -> _Plan | None:
+    if not text:
+        return None
+    match = re.fullmatch(r"([\w.]+):(\w+)(?::(\d+|\*))?(?::(\d+))?", text)
+    if not match or match[2] not in ACTIONS:
+        raise ValueError(
+            f"UNMASK_FAULT={text!r} is not POINT:ACTION[:RANK[:HIT]] with ACTION one of {', '.join(ACTIONS)}"
+        )
+    point, action, on_rank, hit = match.groups()
+    if (on_rank or "0") not in ("*", rank):
+        return None
+    return _Plan(point=point, action=action, hits_left=int(hit or 1))
+
+
+_PLAN = _plan(os.environ.get("UNMASK_FAULT"), os.environ.get("RANK", "0"))
