@@ -1,4 +1,4 @@
-"""How weights, gradients and optimizer states live on the processes: one class a strategy behind one small interface."""
+"""How weights, gradients and optimizer states live on the processes: one class a strategy, one small interface."""
 
 from launch.engine.base import Engine, EngineConfig, OptimizerConfig, StepInfo, TrainableModel
 from launch.engine.build import build_engine

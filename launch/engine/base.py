@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _foreach_lerp_, _foreach_mul_, nn  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -159,13 +159,13 @@ class Updates:
         applied = accept(norm)
         if applied:
             if self._clip is not None and norm > self._clip:
-                torch._foreach_mul_([_local(g) for g in gradients], self._clip / (norm + 1e-6))
+                _foreach_mul_([_local(g) for g in gradients], self._clip / (norm + 1e-6))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             if self._ema_decay is not None:
                 shadows = [_local(shadow) for shadow in self.average.values()]
-                torch._foreach_lerp_(shadows, [_local(p) for p in self.parameters.values()], 1 - self._ema_decay)
+                _foreach_lerp_(shadows, [_local(p) for p in self.parameters.values()], 1 - self._ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(norm, applied)
 
@@ -230,7 +230,7 @@ def prepare_blocks(model: TrainableModel, config: EngineConfig) -> None:
             block.compile(dynamic=False)
 
 
-def _keep_expensive_operations():  # noqa: ANN202 - the pair of context managers that torch.utils.checkpoint expects
+def _keep_expensive_operations() -> tuple[Any, Any]:
     attention = (
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

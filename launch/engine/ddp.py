@@ -59,7 +59,7 @@ class DDP:
         self._model.eval()
         try:
             with self._updates.averaged(), torch.no_grad():
-                yield self._model  # not the wrapper: an evaluation may call forward a different number of times per rank
+                yield self._model  # not the wrapper: ranks may call forward a different number of times
         finally:
             self._model.train()
 
@@ -69,4 +69,5 @@ class DDP:
             raise AssertionError(
                 f"world size {self._runtime.world_size} but the module is {type(self.module).__name__}"
             )
-        return f"{type(self.module).__name__} on {self._runtime.world_size} x {self._runtime.device}, compute {self._precision}"
+        where = f"{self._runtime.world_size} x {self._runtime.device.type}"
+        return f"{type(self.module).__name__} on {where}, compute {self._precision}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -49,7 +49,10 @@ class FSDP2:
         self.module: nn.Module = model
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         for unit in self._units:
-            unit.set_gradient_divide_factor(1.0)  # sums, not averages: the loss carries the global count already
+            # Sums, not averages: the loss carries the global count already. Without the second line PyTorch would
+            # express "divide by 1" as a pre-multiplied sum, which gloo does not have.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
         self._updates = Updates(model, model.no_decay, optimizer, config.ema_decay)
         self._config, self._runtime = config, runtime
 
@@ -106,7 +109,7 @@ class FSDP2:
         return f"fully_shard over {shape} on {self._runtime.device.type}, compute {self._config.precision}{offload}"
 
 
-def _mesh(config: EngineConfig, runtime: Runtime):  # noqa: ANN202
+def _mesh(config: EngineConfig, runtime: Runtime) -> DeviceMesh:
     world, replicas = runtime.world_size, config.replicas
     if replicas < 1 or world % replicas:
         divisors = [r for r in range(1, world + 1) if world % r == 0]
