@@ -3,8 +3,6 @@
 Shapes: B batch, L positions, D width, H query heads, G key and value heads, E = D / H size of a head.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,16 +10,16 @@ from torch import Tensor, nn
 from llm.backbones.config import ModelConfig
 
 
-@dataclass(frozen=True)
 class Rotary:
     """Cosines and sines [L, 1, E / 2], float32.
 
-    A plain object and not a tuple of tensors on purpose: FSDP2 casts every floating tensor it finds among a block's
-    inputs to bfloat16, which would round the angles, and does not look inside an object.
+    Neither a tuple of tensors nor a dataclass, on purpose: FSDP2 casts every floating tensor that it finds in either
+    among a block's inputs to bfloat16, which would round the angles. It does not look inside other objects.
     """
 
-    cos: Tensor
-    sin: Tensor
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
 
 def rotary_table(length: int, head_dim: int, base: float, device: torch.device) -> Rotary:
