@@ -90,6 +90,7 @@ def _rank_main(
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
+    os.environ["UNMASK_RENDEZVOUS_FILE"] = str(folder / "rendezvous")  # for launch.runtime.start, with group=False
     os.chdir(working_folder)
     stacks = (folder / f"stacks-{rank}").open("w")
     faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
