@@ -1,0 +1,302 @@
+"""Is the run alive, and is it sane: a heartbeat and watchdog per rank, and the policy for broken or spiking losses.
+
+Every rank writes RUN/health/rank-00000.json every few seconds, so that `unmask status` and rank 0 can say who lags by
+reading files alone. A rank that makes no progress for too long writes its Python stacks to rank-00000.stacks.txt beside
+it and ends with `EXIT_HUNG`: a hung job costs as much as a working one.
+
+`LossGuard` is a pure function of the global numbers it has been shown: every rank that shows it the same numbers comes
+to the same verdict, before and after a restart.
+"""
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.config import Seconds
+from launch.errors import ConfigError
+from launch.stop import EXIT_HUNG
+
+_MISSED_WRITES = 6  # writes of its health file that a rank may miss (slow file system) before it counts as silent
+
+Verdict = Literal["ok", "skip", "rollback", "give_up"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    timeout_seconds: Seconds | None = 600.0  # no progress for this long is a hang: stacks, exit code 76; null: never
+    first_step_seconds: Seconds = 1800.0  # the same limit until the first step is over (compilation, warm-up)
+    interval_seconds: Seconds = 5.0  # time between two writes of RUN/health/rank-N.json
+
+    def check(self, path: str) -> None:
+        for name in ("timeout_seconds", "first_step_seconds", "interval_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{path}.{name} = {value} must be a positive number of seconds, such as 600")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    spike_sigma: float | None = (
+        None  # skip a step whose loss or gradient norm exceeds mean + this many sigma; null: off
+    )
+    window: int = 128  # accepted steps over which that mean and sigma are taken; the rule sleeps until half are there
+    max_consecutive_skips: int = (
+        10  # bad steps in a row that are skipped; the next one rolls back to the last checkpoint
+    )
+    max_rollbacks: int = 2  # rollbacks in the whole run; the next one ends it with exit code 77
+
+    def check(self, path: str) -> None:
+        if self.spike_sigma is not None and not self.spike_sigma > 0:
+            raise ConfigError(f"{path}.spike_sigma = {self.spike_sigma} must be positive (6 is usual), or null for off")
+        for name, least in (("window", 2), ("max_consecutive_skips", 0), ("max_rollbacks", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{path}.{name} = {getattr(self, name)} must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankHealth:
+    """What one rank last wrote about itself. Times are seconds since the epoch, by the clock of that rank's host."""
+
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    progress_time: float  # of the last beat
+    written_time: float  # of the file
+
+
+def read_health(run_dir: Path) -> list[RankHealth]:
+    """The health of every rank that has written one, by rank. Files of an earlier, larger run are left out."""
+    found = []
+    for path in sorted(health_dir(run_dir).glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # being replaced, or written by another version
+            found.append(RankHealth(**json.loads(path.read_text())))
+    newest = max(found, key=lambda health: health.written_time, default=None)
+    return [health for health in found if newest is not None and health.rank < newest.world_size]
+
+
+def lagging(healths: Sequence[RankHealth], *, world_size: int, now: float, silent_seconds: float) -> list[str]:
+    """One line for each rank that is behind the furthest one or silent for longer; for all ranks if none is."""
+    heard = [health for health in healths if now - health.written_time <= silent_seconds]
+    furthest = max((health.step for health in heard), default=0)
+    behind = [h for h in healths if h not in heard or h.step < furthest] or list(healths)
+    missing = sorted(set(range(world_size)) - {health.rank for health in healths})
+    lines = [f"rank {rank} has written nothing: it never started" for rank in missing]
+    for health in sorted(behind, key=lambda h: (h.step, h.progress_time)):
+        lines.append(
+            f"rank {health.rank} ({health.host}, pid {health.pid}): step {health.step} of {furthest}, "
+            f"phase {health.phase}, no progress for {now - health.progress_time:.0f} s, "
+            f"last heard of {now - health.written_time:.0f} s ago"
+        )
+    return lines
+
+
+def health_dir(run_dir: Path) -> Path:
+    return run_dir / "health"
+
+
+class Watchdog:
+    """Heartbeat of this rank, between `start` and `close` (or as a context).
+
+    The trainer calls `beat(step, phase)` as it goes. Until a beat names a later step than the first one did, the limit
+    is `first_step_seconds`; after that `timeout_seconds`. Phases of another rhythm (evaluation, checkpoint) run
+    inside `limit`.
+
+    The watchdog is a Python thread: C code that hangs while it holds the interpreter lock silences it. Then the health
+    file grows old, which the watchdog of rank 0 and `unmask status` report.
+    """
+
+    def __init__(self, run_dir: Path, config: WatchConfig, *, rank: int, world_size: int) -> None:
+        folder = health_dir(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run_dir = run_dir
+        self._config = config
+        self._rank, self._world_size = rank, world_size
+        self._path = folder / f"rank-{rank:05d}.json"
+        self._stacks_path = folder / f"rank-{rank:05d}.stacks.txt"
+        self._stacks_path.unlink(missing_ok=True)  # those of an earlier start would mislead
+        self._lock = threading.Lock()
+        self._step, self._phase = 0, "start"
+        self._first_step: int | None = None
+        self._limit = None if config.timeout_seconds is None else config.first_step_seconds
+        self._own_limit = False  # inside `limit`
+        self._beat_at, self._beat_time = time.monotonic(), time.time()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._write_failed = False
+
+    def start(self) -> "Watchdog":
+        self._write()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def beat(self, step: int, phase: str) -> None:
+        """This rank goes on: it is now in `phase` of `step`. Costs microseconds; the file is written by the thread."""
+        with self._lock:
+            if self._first_step is None:
+                self._first_step = step
+            if step > self._first_step and not self._own_limit:
+                self._limit = self._config.timeout_seconds
+            self._step, self._phase = step, phase
+            self._beat_at, self._beat_time = time.monotonic(), time.time()
+
+    @contextlib.contextmanager
+    def limit(self, phase: str, seconds: float | None) -> Iterator[None]:
+        """Within this block the limit between two beats is `seconds` (None: no limit) and the phase is `phase`."""
+        with self._lock:
+            before = self._limit, self._phase, self._own_limit
+            self._limit, self._phase, self._own_limit = seconds, phase, True
+            self._beat_at, self._beat_time = time.monotonic(), time.time()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._limit, self._phase, self._own_limit = before
+                self._beat_at, self._beat_time = time.monotonic(), time.time()
+
+    def close(self) -> None:
+        """End the thread and write the file a last time. May be called twice."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._phase = "end"
+            self._write()
+
+    def __enter__(self) -> "Watchdog":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _watch(self) -> None:
+        next_write = time.monotonic() + self._config.interval_seconds
+        while True:
+            with self._lock:
+                deadline = math.inf if self._limit is None else self._beat_at + self._limit
+            now = time.monotonic()
+            if now >= deadline:
+                self._end(now)
+            if now >= next_write:
+                self._write()
+                next_write = now + self._config.interval_seconds
+            # `limit` may bring the deadline forward, so never sleep past the interval
+            if self._closed.wait(max(0.0, min(deadline, next_write) - now)):
+                return
+
+    def _write(self) -> None:
+        with self._lock:
+            health = RankHealth(
+                rank=self._rank,
+                world_size=self._world_size,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                step=self._step,
+                phase=self._phase,
+                progress_time=self._beat_time,
+                written_time=time.time(),
+            )
+        partial = self._path.with_suffix(".json.tmp")
+        try:
+            partial.write_text(json.dumps(asdict(health)) + "\n")
+            partial.replace(self._path)
+        except OSError as error:  # a full disk must not blind the watchdog; say so once
+            if not self._write_failed:
+                print(f"rank {self._rank}: cannot write {self._path}: {error}", file=sys.stderr, flush=True)
+            self._write_failed = True
+
+    def _end(self, now: float) -> None:
+        """Say what hangs, where, and leave. Nothing here may wait for another rank or for the main thread."""
+        silent = now - self._beat_at
+        lines = [
+            f"rank {self._rank}: no progress for {silent:.0f} s (limit {self._limit:g} s) at step {self._step}, phase "
+            f"{self._phase}; stacks in {self._stacks_path}, exit code {EXIT_HUNG}"
+        ]
+        self._write()
+        if self._rank == 0:
+            healths = read_health(self._run_dir)
+            silent_seconds = _MISSED_WRITES * self._config.interval_seconds
+            report = lagging(healths, world_size=self._world_size, now=time.time(), silent_seconds=silent_seconds)
+            lines += [f"  {line}" for line in report]
+        os.write(2, ("\n".join(lines) + "\n").encode())  # sys.stderr may be locked by the thread that hangs
+        with contextlib.suppress(OSError), self._stacks_path.open("w") as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        os._exit(EXIT_HUNG)
+
+
+class LossGuard:
+    """Verdict on each step from its GLOBAL loss and gradient norm, so that all ranks do the same.
+
+    A step is bad if either number is not finite or, with `spike_sigma`, lies above mean + k sigma of the accepted ones.
+    Bad steps are skipped (the update is not applied) until `max_consecutive_skips` in a row; the next one rolls back
+    to the last checkpoint, at most `max_rollbacks` times in the run; then the guard gives up.
+    """
+
+    def __init__(self, config: GuardConfig) -> None:
+        self._config = config
+        self._losses: deque[float] = deque(maxlen=config.window)
+        self._grad_norms: deque[float] = deque(maxlen=config.window)
+        self.consecutive_skips = 0
+        self.rollbacks = 0
+        self.reason = ""  # why the last step was bad; empty after a good one
+
+    def judge(self, loss: float, grad_norm: float) -> Verdict:
+        self.reason = self._why_bad("loss", loss, self._losses) or self._why_bad(
+            "gradient norm", grad_norm, self._grad_norms
+        )
+        if not self.reason:
+            self._losses.append(loss)
+            self._grad_norms.append(grad_norm)
+            self.consecutive_skips = 0
+            return "ok"
+        if self.consecutive_skips < self._config.max_consecutive_skips:
+            self.consecutive_skips += 1
+            return "skip"
+        if self.rollbacks < self._config.max_rollbacks:
+            self.rollbacks += 1
+            self.consecutive_skips = 0
+            return "rollback"
+        return "give_up"
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; belongs into the checkpoint."""
+        return {
+            "losses": list(self._losses),
+            "grad_norms": list(self._grad_norms),
+            "consecutive_skips": self.consecutive_skips,
+            "rollbacks": self.rollbacks,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; after a rollback, which the checkpoint knows nothing of, the count stands."""
+        self._losses = deque(state["losses"], maxlen=self._config.window)
+        self._grad_norms = deque(state["grad_norms"], maxlen=self._config.window)
+        self.consecutive_skips = state["consecutive_skips"]
+        self.rollbacks = max(self.rollbacks, state["rollbacks"])
+
+    def _why_bad(self, name: str, value: float, accepted: deque[float]) -> str:
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+        sigmas = self._config.spike_sigma
+        # As many values as half the window: sigma of a handful says nothing.
+        if sigmas is None or len(accepted) < max(2, self._config.window // 2):
+            return ""
+        mean, sigma = statistics.fmean(accepted), statistics.pstdev(accepted)
+        if value <= mean + sigmas * sigma:
+            return ""
+        return f"{name} {value:.4g} exceeds mean {mean:.4g} + {sigmas:g} x sigma {sigma:.3g} of {len(accepted)} steps"

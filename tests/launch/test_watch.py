@@ -1,0 +1,229 @@
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.errors import ConfigError
+from launch.stop import EXIT_HUNG
+from launch.watch import GuardConfig, LossGuard, RankHealth, WatchConfig, Watchdog, lagging, read_health
+
+NAN, INF = math.nan, math.inf
+
+
+def verdicts(guard: LossGuard, losses: list[float], grad_norm: float = 1.0) -> str:
+    """First letters: o(k), s(kip), r(ollback), g(ive_up)."""
+    return "".join(guard.judge(loss, grad_norm)[0] for loss in losses)
+
+
+# --- guard -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "max_skips", "max_rollbacks", "expected"),
+    [
+        ([3, 2, 1], 2, 1, "ooo"),
+        ([3, NAN, 1], 2, 1, "oso"),
+        ([3, INF, -INF, 1], 2, 1, "osso"),
+        ([NAN] * 7, 2, 1, "ssrssgg"),
+        ([NAN, NAN, 1, NAN, NAN, 1], 2, 0, "ssosso"),  # a good step ends a row
+        ([NAN, NAN], 0, 1, "rg"),
+        ([NAN], 0, 0, "g"),
+        ([NAN, NAN, NAN, 1, NAN, NAN, NAN], 2, 1, "ssrossg"),  # rollbacks count over the whole run
+    ],
+)
+def test_bad_steps_are_skipped_then_rolled_back_then_given_up(
+    losses: list[float], max_skips: int, max_rollbacks: int, expected: str
+) -> None:
+    guard = LossGuard(GuardConfig(max_consecutive_skips=max_skips, max_rollbacks=max_rollbacks))
+    assert verdicts(guard, losses) == expected
+
+
+def test_a_broken_gradient_norm_is_as_bad_as_a_broken_loss() -> None:
+    guard = LossGuard(GuardConfig())
+    assert guard.judge(1.0, NAN) == "skip"
+    assert guard.reason == "gradient norm is nan"
+    assert guard.judge(1.0, 1.0) == "ok"
+    assert guard.reason == ""
+
+
+def test_a_spike_is_a_value_above_mean_plus_k_sigma_of_the_accepted_ones() -> None:
+    guard = LossGuard(GuardConfig(spike_sigma=2.0, window=4))
+    assert verdicts(guard, [1, 3]) == "oo"  # mean 2, sigma 1: the limit is 4
+    assert verdicts(guard, [4.001]) == "s"
+    assert guard.reason == "loss 4.001 exceeds mean 2 + 2 x sigma 1 of 2 steps"
+    assert verdicts(guard, [4.001, 4.0]) == "so"  # rejected values do not move the limit
+
+
+def test_the_spike_rule_sleeps_until_half_the_window_is_there_and_forgets_old_values() -> None:
+    guard = LossGuard(GuardConfig(spike_sigma=1.0, window=4))
+    assert verdicts(guard, [1, 1000]) == "oo"
+    assert verdicts(guard, [5, 6, 5, 6]) == "oooo"  # the window now holds only these: mean 5.5, sigma 0.5
+    assert verdicts(guard, [6.1]) == "s"
+
+
+def test_a_falling_loss_is_never_a_spike() -> None:
+    guard = LossGuard(GuardConfig(spike_sigma=1.0, window=8))
+    assert verdicts(guard, [100.0 / (n + 1) for n in range(50)]) == "o" * 50
+
+
+def test_a_guard_restored_from_its_json_state_goes_on_with_the_same_verdicts() -> None:
+    config = GuardConfig(spike_sigma=2.0, window=6, max_consecutive_skips=2, max_rollbacks=1)
+    losses = [1.0, 1.1, 0.9, NAN, 1.0, 5.0, NAN, 7.0, 1.0, 9.0, 9.0, 9.0]
+    whole = verdicts(LossGuard(config), losses)
+    assert set(whole) == set("osrg")
+    for cut in range(len(losses)):
+        first, second = LossGuard(config), LossGuard(config)
+        head = verdicts(first, losses[:cut])
+        second.load_state(json.loads(json.dumps(first.state())))
+        assert head + verdicts(second, losses[cut:]) == whole
+
+
+def test_loading_the_checkpoint_of_a_rollback_does_not_forget_the_rollback() -> None:
+    guard = LossGuard(GuardConfig(max_consecutive_skips=0, max_rollbacks=1))
+    checkpoint = guard.state()
+    assert verdicts(guard, [NAN]) == "r"
+    guard.load_state(checkpoint)
+    assert verdicts(guard, [NAN]) == "g"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (GuardConfig(spike_sigma=0.0), "guard.spike_sigma = 0.0"),
+        (GuardConfig(window=1), "guard.window = 1 must be at least 2"),
+        (GuardConfig(max_rollbacks=-1), "guard.max_rollbacks = -1"),
+        (WatchConfig(timeout_seconds=0.0), "guard.timeout_seconds = 0.0"),
+        (WatchConfig(interval_seconds=INF), "guard.interval_seconds = inf"),
+    ],
+)
+def test_impossible_limits_are_refused_by_name(config: GuardConfig | WatchConfig, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config.check("guard")
+
+
+# --- heartbeat and watchdog ------------------------------------------------------------------------------------------
+
+FAST = WatchConfig(timeout_seconds=0.2, first_step_seconds=0.2, interval_seconds=0.05)
+
+
+def health(rank: int, *, step: int, phase: str = "forward", silent: float = 0.0) -> RankHealth:
+    return RankHealth(
+        rank=rank,
+        world_size=3,
+        host=f"node{rank}",
+        pid=100 + rank,
+        step=step,
+        phase=phase,
+        progress_time=1000.0 - 60,
+        written_time=1000.0 - silent,
+    )
+
+
+def run_watchdog(run_dir: Path, body: str, *, rank: int = 0, world_size: int = 1) -> subprocess.CompletedProcess[str]:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom launch.watch import WatchConfig, Watchdog\n"
+        "def wait_for_a_peer_that_is_gone():\n    time.sleep(60)\n"
+        "config = WatchConfig(timeout_seconds=0.6, first_step_seconds=5.0, interval_seconds=0.05)\n"
+        f"watchdog = Watchdog(Path({str(run_dir)!r}), config, rank={rank}, world_size={world_size}).start()\n{body}\n"
+        "watchdog.close()\n"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+
+
+def test_a_hanging_rank_leaves_its_stacks_and_says_who_lags(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, WatchConfig(timeout_seconds=None), rank=1, world_size=3) as peer:
+        peer.beat(4, "backward")
+        peer._write()
+        done = run_watchdog(
+            tmp_path,
+            "watchdog.beat(6, 'x')\nwatchdog.beat(7, 'all-reduce')\nwait_for_a_peer_that_is_gone()",
+            world_size=3,
+        )
+    assert done.returncode == EXIT_HUNG
+    first, *others = done.stderr.splitlines()
+    assert first.startswith("rank 0: no progress for 1 s (limit 0.6 s) at step 7, phase all-reduce; stacks in ")
+    assert "rank 2 has written nothing" in others[0]
+    assert "rank 1 (" in others[1] and "step 4 of 7, phase backward" in others[1]
+    assert len(others) == 2  # rank 0 is where it should be
+    stacks = (tmp_path / "health/rank-00000.stacks.txt").read_text()
+    assert "wait_for_a_peer_that_is_gone" in stacks and "Thread" in stacks
+    mine = read_health(tmp_path)[0]
+    assert (mine.rank, mine.step, mine.phase) == (0, 7, "all-reduce")
+
+
+def test_first_step_and_named_phases_have_their_own_limits(tmp_path: Path) -> None:
+    done = run_watchdog(
+        tmp_path,
+        "watchdog.beat(1, 'compile')\ntime.sleep(0.9)\n"  # longer than timeout_seconds
+        "watchdog.beat(2, 'step')\n"
+        "with watchdog.limit('evaluate', None):\n    time.sleep(0.9)\n"
+        "with watchdog.limit('checkpoint', 5.0):\n    watchdog.beat(2, 'checkpoint')\n    time.sleep(0.9)\n"
+        "time.sleep(0.1)\nprint('alive', flush=True)\n"
+        "wait_for_a_peer_that_is_gone()",
+    )
+    assert done.stdout == "alive\n"
+    assert done.returncode == EXIT_HUNG
+    assert "at step 2, phase step" in done.stderr
+
+
+def test_a_phase_that_exceeds_its_own_limit_is_a_hang(tmp_path: Path) -> None:
+    done = run_watchdog(tmp_path, "with watchdog.limit('checkpoint', 0.2):\n    wait_for_a_peer_that_is_gone()")
+    assert done.returncode == EXIT_HUNG
+    assert "(limit 0.2 s) at step 0, phase checkpoint" in done.stderr
+
+
+def test_a_rank_that_beats_lives_and_ends_orderly(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, FAST, rank=0, world_size=1) as watchdog:
+        for step in range(10):
+            watchdog.beat(step, "step")
+            time.sleep(0.05)
+        while read_health(tmp_path)[0].step != 9:
+            watchdog.beat(9, "step")
+            time.sleep(0.01)
+    final = read_health(tmp_path)
+    assert [(h.rank, h.step, h.phase) for h in final] == [(0, 9, "end")]
+    assert sorted(p.name for p in (tmp_path / "health").iterdir()) == ["rank-00000.json"]
+
+
+def test_without_a_timeout_nobody_is_ended(tmp_path: Path) -> None:
+    config = WatchConfig(timeout_seconds=None, first_step_seconds=0.1, interval_seconds=0.05)
+    with Watchdog(tmp_path, config, rank=0, world_size=1) as watchdog:
+        time.sleep(0.3)
+        watchdog.beat(1, "step")
+        watchdog.beat(2, "step")
+        time.sleep(0.3)
+
+
+def test_lagging_names_the_ranks_behind_first() -> None:
+    lines = lagging(
+        [health(0, step=9), health(1, step=7), health(2, step=8)], world_size=3, now=1000.0, silent_seconds=30
+    )
+    assert [line.split(",")[0] for line in lines] == ["rank 1 (node1", "rank 2 (node2"]
+    assert lines[0] == (
+        "rank 1 (node1, pid 101): step 7 of 9, phase forward, no progress for 60 s, last heard of 0 s ago"
+    )
+
+
+def test_lagging_names_everybody_if_all_stand_at_the_same_step() -> None:
+    lines = lagging([health(r, step=9) for r in range(3)], world_size=3, now=1000.0, silent_seconds=30)
+    assert len(lines) == 3
+
+
+def test_a_rank_known_only_from_an_earlier_start_lags_however_far_it_came() -> None:
+    lines = lagging(
+        [health(0, step=5), health(1, step=900, silent=9999.0)], world_size=2, now=1000.0, silent_seconds=30
+    )
+    assert len(lines) == 1 and lines[0].startswith("rank 1") and "last heard of 9999 s ago" in lines[0]
+
+
+def test_health_of_an_earlier_larger_run_and_torn_files_are_left_out(tmp_path: Path) -> None:
+    for rank in range(3):
+        Watchdog(tmp_path, FAST, rank=rank, world_size=3)._write()
+    time.sleep(0.01)
+    Watchdog(tmp_path, FAST, rank=0, world_size=2)._write()
+    (tmp_path / "health/rank-00001.json").write_text('{"rank": 1')
+    assert [h.rank for h in read_health(tmp_path)] == [0]
