@@ -267,9 +267,9 @@ class TokenDataset:
         if len(dataset) == 0:
             known = ", ".join(sorted({s.source for s in manifest.splits[split]})) or "none"
             raise DataError(
-                f"{path}: split {split!r}{f' of source {source!r}' if source else ''} holds {dataset.num_tokens} tokens, "
-                f"less than one block of {block_length} (sources with text in it: {known}); give `unmask data prepare` "
-                "more documents (2% of them go to validation, 2% to test) or lower block_length"
+                f"{path}: split {split!r}{f' of source {source!r}' if source else ''} holds {dataset.num_tokens} "
+                f"tokens, less than one block of {block_length} (sources: {known}); give `unmask data prepare` more "
+                "documents (2% of them go to validation, 2% to test) or lower block_length"
             )
         return dataset
 

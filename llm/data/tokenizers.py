@@ -112,7 +112,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     backend.train_from_iterator(texts, trainer)
     if (found := backend.get_vocab_size()) != vocab_size:
         raise DataError(
-            f"the text supports {found} vocabulary entries only, not {vocab_size}; give more text or ask for bpe:{found}"
+            f"the text supports {found} vocabulary entries, not {vocab_size}; give more text or ask for bpe:{found}"
         )
     return _finish(backend, bos_id=None, eos_id=0)
 
@@ -188,7 +188,7 @@ def _llama_style(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> T
     return _finish(backend, bos_id=vocabulary["<s>"], eos_id=vocabulary["</s>"])
 
 
-# --- the SentencePiece model file: a protobuf message whose field 1 is a list of (1: piece, 2: score, 3: kind) ---------
+# --- the SentencePiece model file: a protobuf message whose field 1 is a list of (1: piece, 2: score, 3: kind) -------
 
 _NORMAL = 1
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
