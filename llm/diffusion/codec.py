@@ -140,6 +140,16 @@ class Codec:
         narrow = self.granularity * self.digit_bits <= 31  # int32 halves the memory traffic of the filter
         return (digits.to(torch.int64) << shifts).sum(-1).to(torch.int32 if narrow else torch.int64)
 
+    @property
+    def has_thin_table(self) -> bool:
+        """Whether `one_hot` is thin enough for products with it to be a few per cent of a model's head."""
+        return self.granularity * self.base <= 128
+
+    @cached_property
+    def one_hot(self) -> Tensor:
+        """float32 [V, l * b]: the digits of each token as 0 and 1."""
+        return torch.nn.functional.one_hot(self.codes, self.base).flatten(1).float()
+
     @cached_property
     def _place_values(self) -> Tensor:
         powers = [self.base**exponent for exponent in reversed(range(self.granularity))]
