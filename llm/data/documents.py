@@ -6,7 +6,6 @@ machine, whatever else is prepared with it and in whatever order.
 
 import gzip
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -134,7 +133,7 @@ def _read_paragraphs(file: Path, key: str, advance: Callable[[int], object]) -> 
 
 def _read_jsonl(file: Path, text_field: str, advance: Callable[[int], object]) -> Iterator[tuple[str, str]]:
     with file.open("rb") as raw:
-        lines = gzip.open(raw) if file.suffix == ".gz" else io.BufferedReader(raw)  # type: ignore[arg-type]
+        lines = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
         done = 0
         for number, line in enumerate(lines, start=1):
             if line.strip():

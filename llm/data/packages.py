@@ -8,12 +8,14 @@ file name, chapter, head word) decide the split, so they must not change when a 
 """
 
 import gzip
+import hashlib
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -121,11 +123,11 @@ def html_reader(*patterns: str) -> Callable[[Path], Documents]:
     """A document per page; a paragraph that an earlier page of the package has already is dropped."""
 
     def read(folder: Path) -> Documents:
-        seen: set[int] = set()
+        seen: set[bytes] = set()
         for file in _sorted_files(folder, patterns):
             fresh = []
             for paragraph in paragraphs(file.read_text(encoding="utf-8", errors="replace")):
-                if (key := hash(paragraph)) not in seen:
+                if (key := hashlib.sha1(paragraph.encode()).digest()) not in seen:
                     seen.add(key)
                     fresh.append(paragraph)
             yield file.relative_to(folder).as_posix(), "\n\n".join(fresh)
@@ -141,7 +143,7 @@ def _chapters(book: str, text: str, heading: str) -> Documents:
     """A document per chapter; what stands before the first heading belongs to the first."""
     starts = [match.start() for match in re.finditer(heading, text, re.MULTILINE)]
     bounds = [0, *starts[1:], len(text)]
-    for number, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
+    for number, (begin, end) in enumerate(pairwise(bounds), start=1):
         yield f"{book}/{number}", text[begin:end]
 
 

@@ -4,10 +4,11 @@ import re
 from html.parser import HTMLParser
 
 _SKIPPED = frozenset({"script", "style", "head", "nav", "header", "footer"})
-_INLINE = frozenset(
+_INLINE_TAGS = (
     "a abbr acronym b bdi bdo big cite code del dfn em font i img ins kbd mark q rp rt ruby s samp small span strike "
-    "strong sub sup tt u var wbr".split()
+    "strong sub sup tt u var wbr"
 )
+_INLINE = frozenset(_INLINE_TAGS.split())
 _MIN_PARAGRAPH = 40  # characters; shorter ones are menu entries, captions, signatures
 
 
