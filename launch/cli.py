@@ -1,0 +1,163 @@
+"""The `unmask` command: finds the room that an experiment names and starts its modules, in one process or several.
+
+A configuration's `entry: llm.train` names the room's training module. Its siblings `llm.evaluate`, `llm.sample` and
+`llm.export` serve the verbs of those names, so that launch/ imports no room. Rooms add verbs of their own through the
+entry-point group `unmask.verbs`.
+"""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from launch import config as configs
+from launch.errors import ConfigError, UserError
+from launch.local import accelerate_command, run_local, torchrun_command
+from launch.stop import EXIT_OK, EXIT_USER_ERROR
+
+_VERBS = {
+    "train": "train an experiment, or go on with it: unmask train CONFIG [key=value ...] [--nproc N]",
+    "resume": "go on with a run: unmask resume RUN [key=value ...] [--nproc N]",
+    "eval": "valid likelihood bounds of a run's model: unmask eval RUN [RUN ...]",
+    "sample": "text from a run's model: unmask sample RUN [--prompt TEXT]",
+    "export": "a Hugging Face style folder from a run, or a run from a folder: unmask export RUN --to DIR",
+    "plan": "parameters, FLOPs, memory and steps, without data or devices: unmask plan CONFIG [--gpus N]",
+    "doctor": "what this machine has, and what is missing: unmask doctor",
+}
+_MODULES = {"eval": "evaluate", "sample": "sample", "export": "export"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    room_verbs = {e.name: e for e in metadata.entry_points(group="unmask.verbs")}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview(room_verbs))
+        return EXIT_OK
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb in ("train", "resume"):
+            return _train(verb, rest)
+        if verb in _MODULES:
+            return _on_run(verb, rest)
+        if verb == "plan":
+            return _plan(rest)
+        if verb == "doctor":
+            from launch.doctor import main as doctor
+
+            return doctor(rest)
+        if verb in room_verbs:
+            return room_verbs[verb].load()(rest)
+        raise configs.unknown_key(verb, [*_VERBS, *room_verbs], "unmask")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _overview(room_verbs: dict[str, metadata.EntryPoint]) -> str:
+    lines = [
+        "usage: unmask VERB ...",
+        "",
+        "Train language models with partial masking, and tell their true likelihood.",
+        "",
+    ]
+    lines += [f"  {verb:<8} {text}" for verb, text in _VERBS.items()]
+    lines += [f"  {name:<8} verbs of {e.value.split('.')[0]}/: unmask {name} --help" for name, e in room_verbs.items()]
+    return "\n".join([*lines, "", "Each verb explains itself: unmask VERB --help"])
+
+
+def _train(verb: str, argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"unmask {verb}",
+        description=_VERBS[verb],
+        epilog=(
+            "exit codes: 0 finished, 2 error of yours, 75 stopped by a signal with a checkpoint (resume it), 76 hung, "
+            "77 diverged. The same command resumes a run; Ctrl-C once saves and stops, twice stops at once."
+        ),
+    )
+    what = "YAML file of the experiment" if verb == "train" else "run folder"
+    parser.add_argument("target", type=Path, metavar="CONFIG" if verb == "train" else "RUN", help=what)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. schedule.lr=1e-3")
+    parser.add_argument("--nproc", type=int, default=1, help="processes on this machine (one a GPU)")
+    parser.add_argument(
+        "--launcher",
+        choices=("local", "torchrun", "accelerate"),
+        default="local",
+        help="local meets in a file and opens no port; the others are the stock launchers",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the configuration and the data, print the plan, stop"
+    )
+    parser.add_argument(
+        "--explain", nargs="?", const="", metavar="KEY", help="print values, their sources and meanings"
+    )
+    options = parser.parse_intermixed_args(argv)
+    config_path = options.target if verb == "train" else _run_config(options.target)
+    overrides = [*options.overrides, *([f"run.dir={options.target}"] if verb == "resume" else [])]
+    module = _entry_module(config_path)
+    arguments = [str(config_path), *overrides]
+    if options.explain is not None:
+        return _module_main(module, [*arguments, "--explain", options.explain])
+    if options.dry_run:
+        return _module_main(module, [*arguments, "--dry-run", "--world-size", str(options.nproc)])
+    if options.nproc < 1:
+        raise ConfigError(f"--nproc {options.nproc}; the smallest is 1")
+    if options.launcher == "torchrun":
+        command = torchrun_command(module, arguments, processes=options.nproc)
+    elif options.launcher == "accelerate":
+        command = accelerate_command(module, arguments, processes=options.nproc)
+    elif options.nproc == 1:
+        return _module_main(module, arguments)
+    else:
+        command = [sys.executable, "-m", module, *arguments]
+        return run_local(command, options.nproc)
+    print("+", shlex.join(command), flush=True)
+    return run_local(command, 1, as_ranks=False)
+
+
+def _on_run(verb: str, argv: Sequence[str]) -> int:
+    """eval, sample, export: the room of the first run folder named has the module and its own --help."""
+    runs = [a for a in argv if not a.startswith("-") and (Path(a) / "config.yaml").exists()]
+    if not runs:
+        asks_help = "-h" in argv or "--help" in argv
+        positional = next((a for a in argv if not a.startswith("-")), None)
+        if not asks_help:
+            raise ConfigError(f"{positional!r} is not a run folder (it has no config.yaml); {_VERBS[verb]}")
+        return _module_main(f"llm.{_MODULES[verb]}", argv)
+    room = _entry_module(_run_config(Path(runs[0]))).split(".")[0]
+    return _module_main(f"{room}.{_MODULES[verb]}", argv)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unmask plan", description=_VERBS["plan"])
+    parser.add_argument("config", type=Path, help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument("--gpus", type=int, default=1, help="number of processes to plan for")
+    options = parser.parse_intermixed_args(argv)
+    arguments = [str(options.config), *options.overrides, "--plan", "--world-size", str(options.gpus)]
+    return _module_main(_entry_module(options.config), arguments)
+
+
+def _run_config(run: Path) -> Path:
+    path = run / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{run} is not a run folder: it has no config.yaml. Start one with: unmask train CONFIG")
+    return path
+
+
+def _entry_module(path: Path) -> str:
+    entry = configs.read_yaml(path).get("entry")
+    if not isinstance(entry, str) or not re.fullmatch(r"[a-z_]+\.train", entry):
+        raise ConfigError(f"{path}: entry = {entry!r}; it names the room's training module, for example llm.train")
+    return entry
+
+
+def _module_main(module: str, argv: Sequence[str]) -> int:
+    return importlib.import_module(module).main(list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""From a command line to an exit code: what every room's `python -m ROOM.train CONFIG key=value ...` runs.
+
+The same command starts a run and resumes it: whatever whole checkpoint the run folder holds is taken up, at any number
+of processes and under any strategy.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from launch import config as configs
+from launch import runtime as runtimes
+from launch.checkpoint import CheckpointStore
+from launch.data import accumulation_steps
+from launch.engine import build_engine
+from launch.errors import ConfigError, UserError
+from launch.experiment import Experiment, Task
+from launch.local import check_accelerate_environment
+from launch.metrics import MetricsWriter
+from launch.report import write_report
+from launch.stop import EXIT_OK, EXIT_USER_ERROR, StopFlag
+from launch.trainer import Trainer
+from launch.watch import Watchdog
+
+logger = logging.getLogger(__name__)
+
+# What a resumed run may change: how it runs, not what it computes. Rooms name further sections in `may_change`.
+_MAY_CHANGE = (
+    *("run.name", "run.dir", "train.steps", "train.micro_batch", "train.log_every", "train.evaluate_every"),
+    *("train.sample_every", "engine.", "checkpoint.", "guard.", "watch.", "metrics."),
+)
+
+MakeTask = Callable[[Any, torch.device, bool], Task]  # (config, device, open_data)
+
+
+def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | None = None) -> int:
+    """Run one process of an experiment. Errors of the user end in one sentence and `EXIT_USER_ERROR`."""
+    arguments = _parser(schema).parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s" if rank == 0 else f"[rank {rank}] %(message)s")
+    try:
+        config, sources = configs.load(schema, arguments.config, arguments.overrides)
+        if arguments.explain is not None:
+            print(configs.explain(config, sources, arguments.explain or None))
+            return EXIT_OK
+        if arguments.plan or arguments.dry_run:
+            world = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+            print(plan(config, make_task, world_size=world, open_data=arguments.dry_run))
+            return EXIT_OK
+        return run(config, make_task)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except Exception:
+        # Not a clean shutdown: with a peer dead, destroying the process group may wait for ever.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def plan(config: Experiment, make_task: MakeTask, *, world_size: int, open_data: bool) -> str:
+    """What the run would be, without running it: every check that needs no second process, then the table."""
+    task = make_task(config, torch.device("cpu"), open_data)
+    accumulation_steps(
+        global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, world_size=world_size
+    )
+    if world_size % config.engine.replicas:
+        raise ConfigError(f"engine.replicas = {config.engine.replicas} does not divide the world size {world_size}")
+    return table(_facts(config, task, world_size))
+
+
+def run(config: Experiment, make_task: MakeTask) -> int:
+    """Collective. Train, or go on training, in the run folder; returns the exit code."""
+    check_accelerate_environment(config.engine.strategy, config.engine.precision, os.environ)
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    runtime = runtimes.start(device=config.engine.device, timeout_seconds=config.engine.timeout)
+    folder = config.run.folder
+    accumulation_steps(
+        global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, world_size=runtime.world_size
+    )
+    runtime.decide(lambda: _check_same_experiment(config, folder))
+    task = runtime.together(lambda: make_task(config, runtime.device, True))
+    engine = build_engine(task.build_model, config.engine, config.optimizer, runtime, seed=config.run.seed)
+    store = CheckpointStore(
+        folder / "checkpoints",
+        runtime,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        verify=config.checkpoint.verify,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    latest = store.latest_valid()
+    store.preflight(engine.state())
+    runtime.decide(lambda: _write_run_folder(config, folder, runtime.world_size))
+    metrics = MetricsWriter(folder, config.metrics, total_steps=config.train.steps, enabled=runtime.is_main)
+    with (
+        StopFlag(grace_seconds=config.watch.stop_grace) as stop,
+        Watchdog(folder, config.watch, rank=runtime.rank) as watchdog,
+    ):
+        trainer = Trainer(config, task, engine, runtime, store, metrics, watchdog, stop)
+        if latest is not None:
+            trainer.restore(latest)
+            metrics.rewind(trainer.progress.step)
+        if runtime.is_main:
+            rows = _facts(config, task, runtime.world_size) | {
+                "engine": engine.describe(),
+                "starts at": "step 0" if latest is None else f"step {trainer.progress.step}, from its checkpoint",
+            }
+            print(table(rows), flush=True)
+        if latest is not None and trainer.progress.step >= config.train.steps:
+            if runtime.is_main:
+                print(f"{folder} is finished: step {latest} of {config.train.steps}. Raise train.steps to go on.")
+            code = EXIT_OK
+        else:
+            code = trainer.fit()
+    metrics.close()
+    if code == EXIT_OK and runtime.is_main:
+        print(f"report: {write_report(folder, task.report_sections(folder))}", flush=True)
+    runtime.barrier()
+    runtime.close()
+    return code
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    width = max(len(name) for name in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _parser(schema: type[Experiment]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {schema.__module__.split('.')[0]}.train",
+        description=(
+            "Train the experiment in CONFIG. Start one process with python, several with `unmask train --nproc N`, "
+            "torchrun or `accelerate launch`. The same command resumes: it goes on from the newest whole checkpoint."
+        ),
+        epilog="example: python -m llm.train configs/llm/tiny/primev2.yaml train.steps=200 run.dir=runs/try",
+    )
+    parser.add_argument("config", type=Path, help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. schedule.lr=1e-3")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything that can be checked, print the plan, stop"
+    )
+    parser.add_argument("--plan", action="store_true", help="like --dry-run, without needing the data")
+    parser.add_argument("--world-size", type=int, help="number of processes that --plan and --dry-run assume")
+    parser.add_argument(
+        "--explain", nargs="?", const="", metavar="KEY", help="print each value, where it came from and what it means"
+    )
+    return parser
+
+
+def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = task.build_model()
+    assert isinstance(model, torch.nn.Module)
+    parameters = sum(p.numel() for p in model.parameters())
+    shards = world_size // config.engine.replicas if config.engine.strategy == "fsdp2" else 1
+    copies = 4 + (config.engine.ema_decay is not None)  # weights, gradients, two moments, average
+    train = config.train
+    accumulation = accumulation_steps(
+        global_batch=train.global_batch, micro_batch=train.micro_batch, world_size=world_size
+    )
+    tokens_per_step = train.global_batch * task.tokens_per_sample
+    return {
+        "run": f"{config.run.name} in {config.run.folder}",
+        **task.facts(),
+        "batch": f"{train.global_batch} sequences = {world_size} ranks x {train.micro_batch} x {accumulation} micro-steps",
+        "budget": f"{train.steps:,} steps x {tokens_per_step:,} tokens = {train.steps * tokens_per_step:,} tokens",
+        "compute": f"{task.flops_per_token() * train.steps * tokens_per_step:.3g} FLOPs (full rule)",
+        "memory": (
+            f"{4 * copies * parameters / shards / 2**20:,.1f} MiB a rank for weights, gradients and states in fp32 "
+            f"({config.engine.strategy}, {shards} shards); activations come on top"
+        ),
+        "checkpoint": f"{4 * (copies - 1) * parameters / 2**20:,.1f} MiB each",
+    }
+
+
+def _check_same_experiment(config: Experiment, folder: Path) -> None:
+    """A run folder holds one experiment; refuse to go on in it with another."""
+    path = folder / "config.yaml"
+    if not path.exists() or not any((folder / "checkpoints").glob("step_*")):
+        return
+    changed = configs.difference(yaml.safe_load(path.read_text()), configs.to_dict(config))
+    free = (*_MAY_CHANGE, *getattr(config, "may_change", ()))
+    for key, (old, new) in changed.items():
+        if not key.startswith(free):
+            raise ConfigError(
+                f"{folder} was started with {key} = {old!r}, this command says {new!r}; go on with "
+                f"`unmask resume {folder}`, or start a new run with run.dir=ANOTHER_FOLDER"
+            )
+        logger.info("resuming with %s = %r (was %r)", key, new, old)
+
+
+def _write_run_folder(config: Experiment, folder: Path, world_size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(configs.dump(config))
+    defaults_differ = {
+        key: new for key, (_, new) in configs.difference(_defaults(type(config)), configs.to_dict(config)).items()
+    }
+    (folder / "config.diff.yaml").write_text(yaml.safe_dump(defaults_differ, sort_keys=True))
+    environment = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "host": platform.node(),
+        "world_size": world_size,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "transformers", "tokenizers")},
+        "commit": _git("rev-parse", "HEAD"),
+        "modified_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
+    }
+    (folder / "env.json").write_text(json.dumps(environment, indent=2))
+
+
+def _defaults(schema: type[Experiment]) -> dict[str, Any]:
+    """The values of every field that has a default, as plain data."""
+    import dataclasses
+
+    return {
+        f.name: configs.to_dict(f.default_factory())
+        for f in dataclasses.fields(schema)
+        if f.default_factory is not dataclasses.MISSING
+    }
+
+
+def _git(*arguments: str) -> str:
+    """Output of git in the project's checkout; empty where there is no git or no checkout."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,276 @@
+"""The loop: batch, denominator, micro-steps, step, metrics, and what happens on a cadence.
+
+Every decision that changes the course (stop, save, skip, roll back) is taken from values that are equal on all ranks:
+one small exchange before each step carries the token count, the stop flag and the save timer; the gradient norm is
+global by construction.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.checkpoint import CheckpointStore, SaveFailure, SaveResult
+from launch.data import micro_batches
+from launch.engine import Engine
+from launch.errors import CheckpointError
+from launch.experiment import Experiment, Task
+from launch.metrics import MetricsWriter, Throughput
+from launch.runtime import Runtime
+from launch.schedule import learning_rate
+from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, StopFlag
+from launch.watch import LossGuard, Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint as JSON."""
+
+    step: int = 0  # optimizer steps taken or skipped
+    passed_over: int = 0  # samples that a rollback left out of the order
+    tokens: int = 0  # tokens read since the start, those of skipped steps included
+    seconds: float = 0.0  # wall time spent in training, over all restarts
+
+
+class Trainer:
+    def __init__(
+        self,
+        config: Experiment,
+        task: Task,
+        engine: Engine,
+        runtime: Runtime,
+        store: CheckpointStore,
+        metrics: MetricsWriter,
+        watchdog: Watchdog,
+        stop: StopFlag,
+    ):
+        self.config, self.task, self.engine, self.runtime = config, task, engine, runtime
+        self.store, self.metrics, self.watchdog, self.stop = store, metrics, watchdog, stop
+        self.progress = Progress()
+        self.guard = LossGuard(config.guard)
+        self.throughput = Throughput(
+            flops_per_token=task.flops_per_token(), device=runtime.device, world=runtime.world_size
+        )
+        self._sums: dict[str, torch.Tensor] = {}  # since the last log line, on the device
+        self._count = 0.0
+        self._save_failures = 0
+        self._last_save = time.monotonic()
+
+    def fit(self) -> int:
+        """Collective. Train to the last step, or to a stop; returns the exit code."""
+        steps = self.config.train.steps
+        while self.progress.step < steps:
+            code = self._step()
+            if code is not None:
+                return code
+            step = self.progress.step
+            if step % self.config.train.log_every == 0 or step == steps:
+                self._log()
+            if _due(step, self.config.train.evaluate_every) and step < steps:
+                self.evaluate()
+            if _due(step, self.config.train.sample_every) and step < steps:
+                self.sample()
+            if _due(step, self.config.checkpoint.every_steps) and step < steps:
+                self.save()
+        self.save(block=True)
+        self.evaluate()
+        self.sample()
+        return EXIT_OK
+
+    def _step(self) -> int | None:
+        """One optimizer step; an exit code if the run must end here."""
+        config, step = self.config.train, self.progress.step
+        self.watchdog.beat(step, "train")
+        positions = micro_batches(
+            step,
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+        )
+        batches = [self.task.batch(p + self.progress.passed_over, step) for p in positions]
+        local_count = sum(self.task.count(batch) for batch in batches)
+        (count,), (stop, save) = self.runtime.sum_and_max([local_count], [self.stop.code(), int(self._save_is_due())])
+        if stop:
+            return self._stop()
+        if save:
+            self.save()
+        for i, batch in enumerate(batches):
+            loss_sum, sums = self.task.loss(self.engine.module, batch)
+            self.engine.backward(loss_sum / count, last=i == len(batches) - 1)
+            self._accumulate(loss=loss_sum.detach(), **sums)
+        self._count += count
+        info = self.engine.step(learning_rate(self.config.schedule, step, config.steps), self.guard.accepts)
+        self.progress.step += 1
+        self.progress.tokens += config.global_batch * self.task.tokens_per_sample
+        self.throughput.step(config.global_batch * self.task.tokens_per_sample)
+        self._grad_norm = info.grad_norm
+        if not info.applied:
+            return self._refused()
+        return None
+
+    def _accumulate(self, **sums: torch.Tensor) -> None:
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _log(self) -> None:
+        names = sorted(self._sums)
+        totals = self.runtime.all_reduce_sum(torch.stack([self._sums[n].double() for n in names])).tolist()
+        values = {name: total / self._count for name, total in zip(names, totals, strict=True)}
+        values |= {
+            "lr": learning_rate(self.config.schedule, self.progress.step - 1, self.config.train.steps),
+            "grad_norm": self._grad_norm,
+            "skipped": self.guard.total_skips,
+            "tokens": self.progress.tokens,
+        }
+        self._sums, self._count = {}, 0.0
+        self.metrics.log(self.progress.step, values | self.throughput.read())
+
+    def evaluate(self) -> dict[str, float]:
+        """Collective. The task's evaluation with the averaged weights, off the throughput clock."""
+        with self._aside("evaluate"), self.engine.evaluation() as model:
+            values = self.task.evaluate(model, self.runtime)
+        self.metrics.log(self.progress.step, {f"val/{name}": value for name, value in values.items()})
+        return values
+
+    def sample(self) -> None:
+        with self._aside("sample"), self.engine.evaluation() as model:
+            self.task.sample(model, self.runtime, self.progress.step, self.config.run.folder / "samples")
+
+    # --- saving and restoring ----------------------------------------------------------------------------------------
+
+    def save(self, *, block: bool = False) -> None:
+        """Collective. Start a checkpoint of this step (and finish it, if `block`)."""
+        self.progress.seconds += self.throughput.lap()
+        scalars = {
+            "progress": dataclasses.asdict(self.progress),
+            "engine": self.engine.scalars(),
+            "guard": self.guard.state(),
+            "identity": dict(self.task.identity()),
+            "seed": self.config.run.seed,
+        }
+        with self._aside("checkpoint"):
+            self._report_saves(self.store.save(self.progress.step, self.engine.state(), scalars, block=block))
+        self._last_save = time.monotonic()
+
+    def restore(self, step: int) -> None:
+        """Collective. Take up the checkpoint of `step`, saved by any strategy on any number of ranks."""
+        scalars = self.store.load(step, self.engine.state())
+        check_identity(scalars["identity"], dict(self.task.identity()), where=f"the checkpoint of step {step}")
+        self.engine.load_scalars(scalars["engine"])
+        self.guard.load_state(scalars["guard"])
+        self.progress = Progress(**scalars["progress"])
+
+    def _save_is_due(self) -> bool:
+        every = self.config.checkpoint.every
+        return every is not None and self.runtime.is_main and time.monotonic() - self._last_save > every
+
+    def _report_saves(self, outcomes: list[SaveResult | SaveFailure]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, SaveResult):
+                self._save_failures = 0
+                self.metrics.log(
+                    outcome.step,
+                    {
+                        "checkpoint/bytes": outcome.bytes,
+                        "checkpoint/wait_seconds": outcome.wait_seconds,
+                        "checkpoint/stage_seconds": outcome.stage_seconds,
+                        "checkpoint/write_seconds": outcome.write_seconds,
+                    },
+                )
+                continue
+            self._save_failures += 1
+            if self.runtime.is_main:
+                logger.error("%s", outcome)
+            if self._save_failures >= self.config.checkpoint.max_failures:
+                raise CheckpointError(
+                    f"{outcome}. This was failure {self._save_failures} in a row (checkpoint.max_failures = "
+                    f"{self.config.checkpoint.max_failures}); older checkpoints are intact: mend it and `unmask resume`"
+                )
+
+    # --- endings and accidents ---------------------------------------------------------------------------------------
+
+    def _stop(self) -> int:
+        self.stop.acknowledge()
+        self.save(block=True)
+        if self.runtime.is_main:
+            request = self.stop.request
+            reason = request.reason if request else "another rank's signal"
+            logger.warning(
+                "%s: stopped at step %d with a checkpoint; go on with: unmask resume %s",
+                reason,
+                self.progress.step,
+                self.config.run.folder,
+            )
+        return EXIT_STOPPED
+
+    def _refused(self) -> int | None:
+        """The guard refused the update of this step: go on, go back, or give up, alike on all ranks."""
+        verdict = self.guard.verdict()
+        if self.runtime.is_main:
+            logger.warning("step %d skipped: gradient norm %g", self.progress.step - 1, self._grad_norm)
+        if verdict == "skip":
+            return None
+        self._report_saves(self.store.wait())
+        target = self.store.latest_valid()
+        if verdict == "give_up" or target is None:
+            if self.runtime.is_main:
+                logger.error(
+                    "giving up at step %d after %d skipped steps and %d rollbacks%s; try a lower schedule.lr, or look "
+                    "at the data of these steps. The checkpoint of step %s is intact",
+                    self.progress.step,
+                    self.guard.total_skips,
+                    self.guard.rollbacks,
+                    " (there is no checkpoint to roll back to)" if target is None else "",
+                    target,
+                )
+            return EXIT_DIVERGED
+        failed_at, guard = self.progress.step, self.guard.state()
+        already_passed_over = self.progress.passed_over
+        self.restore(target)
+        self.guard.load_state(guard)
+        self.guard.rolled_back()
+        # The same data would fail the same way: the order goes on behind the samples that led here.
+        self.progress.passed_over = already_passed_over + (failed_at - target) * self.config.train.global_batch
+        self.metrics.rewind(target)
+        self._sums, self._count = {}, 0.0
+        if self.runtime.is_main:
+            logger.warning("rolled back from step %d to the checkpoint of step %d", failed_at, target)
+        return None
+
+    @contextlib.contextmanager
+    def _aside(self, phase: str):
+        """Something that is not training: known to the watchdog, off the throughput clock."""
+        with self.watchdog.phase(self.progress.step, phase), self.throughput.paused(phase):
+            yield
+
+
+def check_identity(saved: dict[str, Any], mine: dict[str, Any], *, where: str) -> None:
+    """Refuse a checkpoint whose codec, tokenizer or data are not those of this run."""
+    for key in sorted(saved.keys() | mine.keys()):
+        if saved.get(key) != mine.get(key):
+            raise CheckpointError(
+                f"{where} was made with {key} = {saved.get(key)!r}, this run has {mine.get(key)!r}; use the "
+                "configuration that made it, or start a new run in another run.dir"
+            )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def run_folder_files(folder: Path) -> dict[str, Path]:
+    """The files of a run folder, by what they are."""
+    return {
+        "config": folder / "config.yaml",
+        "environment": folder / "env.json",
+        "metrics": folder / "metrics.jsonl",
+        "checkpoints": folder / "checkpoints",
+        "health": folder / "health",
+    }

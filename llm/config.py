@@ -1,0 +1,127 @@
+"""The configuration of a language-model experiment: `Experiment`'s sections and this room's own.
+
+The library of llm/diffusion speaks numpy and tensors and raises ValueError; this module translates between it and the
+keys of a YAML file, so that a wrong number is answered with the key that holds it.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from launch.config import Count
+from launch.errors import ConfigError
+from launch.experiment import Experiment
+from llm.backbones import InputKind, InputSpec, ModelConfig, resolve_input_kind
+from llm.data.stream import DataConfig
+from llm.diffusion.codec import Codec, build_codec
+from llm.diffusion.objective import ObjectiveConfig, parse_objective
+from llm.diffusion.sampler import SamplerConfig
+
+Bound = Literal["nelbo_token", "nelbo_subtoken", "nll_chain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """How tokens are written as digits, masked, and paid for."""
+
+    family: Literal["ar", "mdm", "prime"] = "prime"  # ar: left to right; mdm: whole tokens; prime: sub-tokens
+    granularity: int = 1  # l, digits per token (prime); binary codes need ceil(log2 V)
+    shuffle: bool = False  # give the tokens random codes (MDM-Prime-v2)
+    shuffle_seed: int = 0  # of that permutation; kept with its hash in every checkpoint
+    shuffle_scope: Literal["tokens", "all_codes"] = "tokens"  # permute the codes in use, or spread over all b**l codes
+    embedding: Literal["auto", InputKind] = "auto"  # how the digits of a token become one vector
+    objective: str = "nelbo_subtoken"  # ar, mdm, ce_joint, nelbo_subtoken, nelbo_token, or 0.5*ce_joint+0.5*nelbo_token
+    carry_over_train: bool = True  # give no probability to tokens that contradict the visible digits
+    p_group: float = 0.0  # share of sequences whose tokens are masked as a whole
+    chunk_point: float | None = None  # mask whole tokens at times above this; the released v2 recipe, no bound claimed
+    t_min: float = 1e-3  # training weight is 1 / max(t, t_min); evaluation has no such limit
+    time_sampling: Literal["stratified", "uniform"] = "stratified"  # one time per stratum of the global batch, or iid
+    random_length_probability: float = 0.0  # share of steps cut to a random length
+    paper_compat: bool = False  # the published loss: all positions, no filter
+
+    def check(self, path: str) -> None:
+        if (self.family == "prime") != (self.granularity > 1):
+            raise ConfigError(
+                f"{path}.granularity = {self.granularity} does not go with {path}.family = {self.family}: prime has 2 or "
+                "more digits per token, ar and mdm have 1"
+            )
+        for name in ("p_group", "random_length_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{path}.{name} = {getattr(self, name)}; a probability lies in [0, 1]")
+        if self.chunk_point is not None and not 0 <= self.chunk_point <= 1:
+            raise ConfigError(f"{path}.chunk_point = {self.chunk_point}; a time lies in [0, 1], or null")
+        if not 0 < self.t_min < 1:
+            raise ConfigError(f"{path}.t_min = {self.t_min}; need 0 < t_min < 1, for example 1e-3")
+        try:
+            objective = self.library_objective()
+        except ValueError as error:
+            raise ConfigError(f"{path}.objective = {self.objective!r}: {error}") from None
+        if (self.family == "ar") != ("ar" in objective.terms):
+            raise ConfigError(f"{path}.objective = {self.objective!r} does not train {path}.family = {self.family}")
+
+    def library_objective(self) -> ObjectiveConfig:
+        return ObjectiveConfig(
+            terms=parse_objective(self.objective),
+            t_min=self.t_min,
+            carry_over=self.carry_over_train,
+            paper_compat=self.paper_compat,
+        )
+
+    def codec(self, vocab_size: int) -> Codec:
+        """The codec of `vocab_size` tokens; `ConfigError` if they do not fit together."""
+        try:
+            return build_codec(
+                vocab_size,
+                self.granularity,
+                shuffle_seed=self.shuffle_seed if self.shuffle else None,
+                scope=self.shuffle_scope,
+            )
+        except ValueError as error:
+            raise ConfigError(f"diffusion.granularity = {self.granularity} for {vocab_size} tokens: {error}") from None
+
+    def input_spec(self, model: ModelConfig, codec: Codec) -> InputSpec:
+        """What the backbone reads: ids (for mdm with a row for the mask), or digits with a mask symbol."""
+        kind = resolve_input_kind(self.embedding, granularity=codec.granularity, width=model.width)
+        num_symbols = codec.vocab_size if self.family == "ar" else codec.base + 1
+        return InputSpec(kind=kind, num_symbols=num_symbols, granularity=codec.granularity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Valid bounds on held-out text, while training and by `unmask eval`."""
+
+    bounds: tuple[Bound, ...] = ("nelbo_token", "nelbo_subtoken")  # of prime models; others have one exact or one bound
+    draws: int = 1  # Monte-Carlo draws per sequence and bound
+    sequences: Count | None = 512  # validation blocks while training, spread over the split; null for all
+    batch: int = 32  # sequences per rank and forward
+    seed: int = 0  # of the evaluation's own noise: the same masks at every evaluation
+
+    def check(self, path: str) -> None:
+        for name in ("draws", "sequences", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{path}.{name} = {value}; the smallest is 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Samples written while training and by `unmask sample`."""
+
+    count: int = 4  # sequences
+    length: int | None = None  # tokens; null for data.block_length
+    seed: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def check(self, path: str) -> None:
+        if self.count < 1 or (self.length is not None and self.length < 1):
+            raise ConfigError(f"{path}: count = {self.count}, length = {self.length}; both must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig(Experiment):
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    data: DataConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    may_change: ClassVar[tuple[str, ...]] = ("evaluation.", "sampling.", "data.verify")
