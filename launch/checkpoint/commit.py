@@ -8,6 +8,7 @@ Each step marked with who takes it:
 Rank 0 tells its errors like its results, so that no rank waits for one that has left, and all report the same end.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -84,6 +85,7 @@ class Report:
     error: str | None
     file: SavedFile | None  # None if this rank owns nothing
     boxes: dict[str, Box]
+    fingerprint: str  # of `described`, which must be the same on all ranks
     wait_seconds: float
     stage_seconds: float
 
@@ -161,13 +163,23 @@ class Saver:
         except Exception as caught:  # rank 0 waits for this report, whatever happened
             error = _words(caught)
         return Report(
-            error=error, file=file, boxes=job.boxes, wait_seconds=job.wait_seconds, stage_seconds=job.stage_seconds
+            error=error,
+            file=file,
+            boxes=job.boxes,
+            fingerprint=hashlib.sha256(repr(sorted(job.described.items())).encode()).hexdigest(),
+            wait_seconds=job.wait_seconds,
+            stage_seconds=job.stage_seconds,
         )
 
     def _commit(self, attempt: str, job: Job, reports: list[Report], damaged: Set[int], start: float) -> SaveResult:
         """Rank 0 alone."""
         if errors := [f"rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]:
             raise CheckpointError("; ".join(errors[:3]))
+        for rank, report in enumerate(reports):
+            if report.fingerprint != reports[0].fingerprint:
+                raise CheckpointError(
+                    f"rank {rank} saves tensors of other names, shapes or dtypes than rank 0, so one of them is wrong"
+                )
         folder, final = self.folder / attempt, self.folder / layout.step_name(job.step)
         fault("checkpoint.gather")
         layout.write_synced(folder / layout.SCALARS, job.scalars)
@@ -206,15 +218,13 @@ class Saver:
             if report.file is not None:
                 files[layout.shard_name(rank)] = report.file
             for name, box in report.boxes.items():
-                chunks.setdefault(name, []).append((layout.shard_name(rank), box))
-        if strangers := sorted(chunks.keys() - job.described.keys()):
-            raise CheckpointError(f"rank 0 does not have tensor {strangers[0]}, which another rank saves")
+                chunks[name].append((layout.shard_name(rank), box))
         tensors = {
             name: SavedTensor(dtype=dtype, shape=shape, chunks=tuple(chunks[name]))
             for name, (dtype, shape) in job.described.items()
         }
         for name, tensor in tensors.items():
-            layout.check_tiling(name, tensor)  # ranks whose states differ in shape are found now, not at the next load
+            layout.check_tiling(name, tensor)  # a state that was sharded wrongly is found now, not at the next load
         return Manifest(step=job.step, world_size=self.world_size, files=files, tensors=tensors)
 
     def _retire(self, step: int, damaged: Set[int]) -> None:

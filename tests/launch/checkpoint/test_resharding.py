@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from launch.checkpoint import layout
+from launch.checkpoint import CheckpointStore, layout
 from launch.checkpoint.layout import Box, SavedTensor
 from launch.checkpoint.shards import owned_boxes
 from launch.errors import CheckpointError
@@ -103,23 +103,27 @@ def save_trained(folder: Path, kind: str) -> dict[str, Tensor]:
     return values
 
 
-def load_trained(folder: Path, kind: str) -> dict[str, Tensor]:
-    runtime, store = state.open_store(folder)
-    tensors = trained(kind, runtime.world_size, steps=0)
-    store.load(3, tensors)
-    values = whole(tensors)
+def load_trained(folders: list[Path], kind: str) -> list[dict[str, Tensor]]:
+    runtime, _ = state.open_store(folders[0])
+    values = []
+    for folder in folders:
+        tensors = trained(kind, runtime.world_size, steps=0)
+        CheckpointStore(folder, runtime, asynchronous=False).load(3, tensors)
+        values.append(whole(tensors))
     runtime.close()
     return values
 
 
 def test_parameters_and_adam_moments_move_between_fsdp2_hybrid_sharding_and_plain_models(tmp_path: Path) -> None:
-    saved_as = [("fsdp", 3), ("fsdp", 4), ("hsdp", 4), ("plain", 2)]
-    expected = {spec: spawn(save_trained, spec[1], tmp_path / f"{spec[0]}{spec[1]}", spec[0], group=False)[0] for spec in saved_as}
-    for (kind, world_size), values in expected.items():
-        assert len(values) == 15
-        for load_kind, load_world in [("fsdp", 2), ("hsdp", 4), ("plain", 1)]:
-            for loaded in spawn(load_trained, load_world, tmp_path / f"{kind}{world_size}", load_kind, group=False):
-                assert all(torch.equal(loaded[name], value) for name, value in values.items())
+    saved = {}
+    for kind, world_size in [("fsdp", 3), ("fsdp", 4), ("hsdp", 4), ("plain", 2)]:
+        folder = tmp_path / f"{kind}{world_size}"
+        saved[folder] = spawn(save_trained, world_size, folder, kind, group=False)[0]
+        assert len(saved[folder]) == 15
+    for kind, world_size in [("fsdp", 2), ("hsdp", 4), ("plain", 1)]:
+        for rank in spawn(load_trained, world_size, list(saved), kind, group=False):
+            for loaded, expected in zip(rank, saved.values(), strict=True):
+                assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
 def box(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[str, Box]:
