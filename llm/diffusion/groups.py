@@ -57,48 +57,56 @@ def group_log_prob(logits: Tensor, revealed: Tensor, tokens: Tensor, group: Tens
     return filter_logits(scores, after, codec).logsumexp(-1) - scores.logsumexp(-1)
 
 
+def token_log_prob(logits: Tensor, revealed: Tensor | None, tokens: Tensor, codec: Codec) -> Tensor:
+    """log p(x) [P] of the true `tokens` [P]. revealed: digits [P, l] with b where hidden; None applies no filter.
+
+    Differentiable once, like `true_log_probs`, which also gives the digits.
+    """
+    return _TrueLogProbs.apply(logits, revealed, tokens, codec, False)[0]  # type: ignore[index]
+
+
 def true_log_probs(logits: Tensor, revealed: Tensor | None, tokens: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """log p(x) [P] of the true `tokens` [P] and log p(digit j = x_j) [P, l] of each of their digits, for training.
 
-    revealed: digits [P, l] with b where hidden; None applies no filter. Differentiable once, with a backward by hand that
-    keeps one [P, V] tensor. Every value is finite whenever the logits are: where the mass of a digit underflows next to
-    the largest token, the mass of the true token stands in for it, a lower bound with a useful gradient.
+    revealed: digits [P, l] with b where hidden; None applies no filter. Differentiable once; the backward is written by
+    hand and keeps one [P, V] tensor. Finite whenever the logits are: where the mass of a digit underflows next to the
+    largest token, the mass of the true token stands in for it, a lower bound with a useful gradient.
     """
-    return _TrueLogProbs.apply(logits, revealed, tokens, codec)  # type: ignore[return-value]
+    log_token, log_digits = _TrueLogProbs.apply(logits, revealed, tokens, codec, codec.granularity > 1)  # type: ignore[misc]
+    return log_token, log_token.unsqueeze(-1) if log_digits is None else log_digits  # l = 1: the digit is the token
 
 
 class _TrueLogProbs(torch.autograd.Function):
-    """mass_v = exp(z_v - max z) on C; sums of it over all of C and over the tokens that share the true value of a digit."""
+    """mass_v = exp(z_v - max z) on C, summed over all of C and over the tokens that share the true value of a digit."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, revealed: Tensor | None, tokens: Tensor, codec: Codec
-    ) -> tuple[Tensor, Tensor]:
-        scores = logits if revealed is None else filter_logits(logits, revealed, codec)
-        scores = _at_least_float32(scores)
+        ctx: Any, logits: Tensor, revealed: Tensor | None, tokens: Tensor, codec: Codec, with_digits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        scores = _at_least_float32(logits) if revealed is None else filter_logits(logits, revealed, codec)
         top = scores.amax(-1, keepdim=True)
         true_score = scores.gather(-1, tokens.unsqueeze(-1)) - top  # [P, 1]
         mass = (scores - top).exp_()
         total = mass.sum(-1, keepdim=True)
-        log_token = true_score - total.log()
-        if codec.granularity == 1:  # the digit is the token
+        log_token = (true_score - total.log()).squeeze(-1)
+        if not with_digits:
             ctx.save_for_backward(mass, total, tokens)
-            return log_token.squeeze(-1), log_token.clone()
+            return log_token, None
 
         digits = codec.encode(tokens)
         agreeing, whole = _digit_mass(mass, digits, codec)
-        floored = agreeing.log() <= true_score  # only by underflow: the true token is one of the agreeing tokens
+        floored = agreeing.log() < true_score - 1.0  # underflow, for the true token is one of the agreeing tokens
         log_digits = torch.where(floored, true_score - total.log(), agreeing.log() - whole.log())
         ctx.save_for_backward(mass, total, tokens, digits, agreeing, whole, floored)
         ctx.codec = codec
-        return log_token.squeeze(-1), log_digits
+        return log_token, log_digits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_token: Tensor, grad_digits: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_token: Tensor, grad_digits: Tensor | None) -> tuple[Tensor | None, ...]:
         mass, total, tokens, *of_digits = ctx.saved_tensors
         grad_true = grad_token.unsqueeze(-1)  # of log p(x), to which the floored digits add theirs
-        if of_digits:
+        if of_digits and grad_digits is not None:
             digits, agreeing, whole, floored = of_digits
             grad_true = grad_true + torch.where(floored, grad_digits, 0.0).sum(-1, keepdim=True)
             grad_digits = torch.where(floored, 0.0, grad_digits)
@@ -106,17 +114,16 @@ class _TrueLogProbs(torch.autograd.Function):
             grad = _spread_over_tokens(slope, -grad_digits / whole, digits, ctx.codec)
             grad.sub_(grad_true / total).mul_(mass)
         else:
-            grad_true = grad_true + grad_digits
             grad = mass * (-grad_true / total)
         grad.scatter_add_(-1, tokens.unsqueeze(-1), grad_true)
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 def _digit_mass(mass: Tensor, digits: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """[P, l] mass of the tokens that share digit j with `digits` [P, l], and [P, l] the mass of all of them.
 
-    One product with the one-hot digit table while that is thin (l * b = 32 columns for binary codes). Its cost grows with
-    b, that of a masked sum for each digit does not: with two digits of base 225 the sums are three times faster.
+    One product with the one-hot digit table while that is thin (l * b = 32 columns for binary codes). Its cost grows
+    with b; that of a masked sum for each digit does not, and is less for two digits of base 225.
     """
     if codec.has_thin_table:
         by_value = (mass @ codec.one_hot.to(mass.dtype)).unflatten(-1, (codec.granularity, codec.base))  # [P, l, b]

@@ -1,8 +1,8 @@
 """Losses of a large head without its logits: chunk by chunk, with the gradient taken on the way.
 
-The logits of a micro-batch, [P, V] in float32, are the largest tensor of a language model. Here they live one chunk at a
-time: a chunk's logits are computed, turned into losses and into the gradients of hidden states and weight, and dropped.
-The backward pass then only scales these gradients, so that no second product with the weight is needed.
+The logits of a micro-batch, [P, V] in float32, are the largest tensor of a language model. Here they live one chunk at
+a time: a chunk's logits are computed, turned into losses and into the gradients of hidden states and weight, and
+dropped. The backward pass only scales these gradients: no second product with the weight is needed.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ def chunked_readout(
 ) -> tuple[Tensor, Tensor]:
     """(sum of row_weights * values, values [P, K]) of the logits `hidden @ weight.T + bias`; the values are detached.
 
-    hidden [P, D] and weight [V, D] may be bfloat16: products take hidden's type, sums are float32, and so is the gradient
-    of the weight until it is handed over in weight's own type. row_weights [P, K] carries no gradient. chunk_rows: rows
-    of logits alive at a time, chosen from V if None. Works the same, without any gradient, under no_grad. With P = 0 the
-    sum is 0 and its gradients are zeros, not None, so that every rank of a sharded model takes part in the reduction.
+    hidden [P, D] and weight [V, D] may be bfloat16: products take hidden's type, sums are float32, and so is the
+    gradient of the weight until it is handed over in weight's own type. row_weights [P, K] carries no gradient.
+    chunk_rows: rows of logits alive at a time, chosen from V if None. Under no_grad the same code takes no gradient.
+    With P = 0 the sum is 0 and its gradients are zeros, not None: every rank of a sharded model joins the reduction.
     """
     if chunk_rows is None:
         budget = GPU_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
