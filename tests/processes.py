@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -118,7 +118,7 @@ def _rank_main(
     sys.stdout.flush()
 
 
-def _wait_for_all_or_first_failure(processes: list[BaseProcess], deadline: float) -> bool:
+def _wait_for_all_or_first_failure(processes: Sequence[BaseProcess], deadline: float) -> bool:
     """True if the deadline came first."""
     while running := [process for process in processes if process.exitcode is None]:
         if not wait([process.sentinel for process in running], timeout=max(0.0, deadline - time.monotonic())):
@@ -131,7 +131,7 @@ def _wait_for_all_or_first_failure(processes: list[BaseProcess], deadline: float
     return False
 
 
-def _first_failure(processes: list[BaseProcess], folder: Path, hung: bool, timeout: float) -> RankFailed | None:
+def _first_failure(processes: Sequence[BaseProcess], folder: Path, hung: bool, timeout: float) -> RankFailed | None:
     world_size = len(processes)
     died, raised, stuck = [], [], []
     for rank, process in enumerate(processes):

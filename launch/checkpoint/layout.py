@@ -186,6 +186,8 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = _decode(body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not a manifest of format {FORMAT} ({error!r})") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
     if folder.name != step_name(manifest.step):
         raise CheckpointError(f"{folder}: its manifest is of step {manifest.step}; was the folder renamed?")
     return manifest
