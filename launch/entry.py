@@ -5,6 +5,7 @@ of processes and under any strategy.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -110,7 +111,7 @@ def run(config: Experiment, make_task: MakeTask) -> int:
     metrics = MetricsWriter(folder, config.metrics, total_steps=config.train.steps, enabled=runtime.is_main)
     with (
         StopFlag(grace_seconds=config.watch.stop_grace) as stop,
-        Watchdog(folder, config.watch, rank=runtime.rank) as watchdog,
+        Watchdog(folder, config.watch, rank=runtime.rank, world_size=runtime.world_size) as watchdog,
     ):
         trainer = Trainer(config, task, engine, runtime, store, metrics, watchdog, stop)
         if latest is not None:
@@ -178,7 +179,9 @@ def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
     return {
         "run": f"{config.run.name} in {config.run.folder}",
         **task.facts(),
-        "batch": f"{train.global_batch} sequences = {world_size} ranks x {train.micro_batch} x {accumulation} micro-steps",
+        "batch": (
+            f"{train.global_batch} sequences = {world_size} ranks x {train.micro_batch} x {accumulation} micro-steps"
+        ),
         "budget": f"{train.steps:,} steps x {tokens_per_step:,} tokens = {train.steps * tokens_per_step:,} tokens",
         "compute": f"{task.flops_per_token() * train.steps * tokens_per_step:.3g} FLOPs (full rule)",
         "memory": (
@@ -228,8 +231,6 @@ def _write_run_folder(config: Experiment, folder: Path, world_size: int) -> None
 
 def _defaults(schema: type[Experiment]) -> dict[str, Any]:
     """The values of every field that has a default, as plain data."""
-    import dataclasses
-
     return {
         f.name: configs.to_dict(f.default_factory())
         for f in dataclasses.fields(schema)

@@ -99,7 +99,7 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss SUM of a micro-batch (differentiable), and further sums over the same units to report."""
+        """The loss SUM of a micro-batch (differentiable), and [numerator, denominator] of each figure to report."""
         ...
 
     def evaluate(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from launch.metrics import MetricsWriter, Throughput
 from launch.runtime import Runtime
 from launch.schedule import learning_rate
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, StopFlag
-from launch.watch import LossGuard, Watchdog
+from launch.watch import LossGuard, Verdict, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Progress:
 
     step: int = 0  # optimizer steps taken or skipped
     passed_over: int = 0  # samples that a rollback left out of the order
+    skipped: int = 0  # steps whose update was refused
     tokens: int = 0  # tokens read since the start, those of skipped steps included
     seconds: float = 0.0  # wall time spent in training, over all restarts
 
@@ -54,11 +55,12 @@ class Trainer:
         self.store, self.metrics, self.watchdog, self.stop = store, metrics, watchdog, stop
         self.progress = Progress()
         self.guard = LossGuard(config.guard)
+        self._verdict: Verdict = "ok"
         self.throughput = Throughput(
             flops_per_token=task.flops_per_token(), device=runtime.device, world=runtime.world_size
         )
-        self._sums: dict[str, torch.Tensor] = {}  # since the last log line, on the device
-        self._count = 0.0
+        self._figures: dict[str, torch.Tensor] = {}  # [numerator, denominator] since the last log line, on the device
+        self._grad_norm = 0.0
         self._save_failures = 0
         self._last_save = time.monotonic()
 
@@ -101,12 +103,16 @@ class Trainer:
             return self._stop()
         if save:
             self.save()
+        local_loss = torch.zeros((), device=self.runtime.device)
         for i, batch in enumerate(batches):
-            loss_sum, sums = self.task.loss(self.engine.module, batch)
+            loss_sum, figures = self.task.loss(self.engine.module, batch)
             self.engine.backward(loss_sum / count, last=i == len(batches) - 1)
-            self._accumulate(loss=loss_sum.detach(), **sums)
-        self._count += count
-        info = self.engine.step(learning_rate(self.config.schedule, step, config.steps), self.guard.accepts)
+            local_loss += loss_sum.detach() / count
+            self._accumulate(figures)
+        self._accumulate({"loss": torch.stack([local_loss, torch.ones_like(local_loss) / self.runtime.world_size])})
+        info = self.engine.step(
+            learning_rate(self.config.schedule, step, config.steps), lambda norm: self._judge(local_loss, norm)
+        )
         self.progress.step += 1
         self.progress.tokens += config.global_batch * self.task.tokens_per_sample
         self.throughput.step(config.global_batch * self.task.tokens_per_sample)
@@ -115,21 +121,29 @@ class Trainer:
             return self._refused()
         return None
 
-    def _accumulate(self, **sums: torch.Tensor) -> None:
-        for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def _judge(self, local_loss: torch.Tensor, grad_norm: float) -> bool:
+        """Whether to apply the update. A broken loss shows in the gradient norm, which is global; only the rule for
+        spikes of the loss needs an exchange of its own."""
+        watches_loss = self.config.guard.spike_sigma is not None
+        loss = float(self.runtime.all_reduce_sum(local_loss)) if watches_loss else grad_norm
+        self._verdict = self.guard.judge(loss, grad_norm)
+        return self._verdict == "ok"
+
+    def _accumulate(self, figures: dict[str, torch.Tensor]) -> None:
+        for name, value in figures.items():
+            self._figures[name] = self._figures[name] + value.double() if name in self._figures else value.double()
 
     def _log(self) -> None:
-        names = sorted(self._sums)
-        totals = self.runtime.all_reduce_sum(torch.stack([self._sums[n].double() for n in names])).tolist()
-        values = {name: total / self._count for name, total in zip(names, totals, strict=True)}
+        names = sorted(self._figures)
+        totals = self.runtime.all_reduce_sum(torch.stack([self._figures[name] for name in names])).tolist()
+        values = {name: above / below for name, (above, below) in zip(names, totals, strict=True) if below > 0}
         values |= {
             "lr": learning_rate(self.config.schedule, self.progress.step - 1, self.config.train.steps),
             "grad_norm": self._grad_norm,
-            "skipped": self.guard.total_skips,
+            "skipped_steps": self.progress.skipped,
             "tokens": self.progress.tokens,
         }
-        self._sums, self._count = {}, 0.0
+        self._figures = {}
         self.metrics.log(self.progress.step, values | self.throughput.read())
 
     def evaluate(self) -> dict[str, float]:
@@ -212,42 +226,40 @@ class Trainer:
 
     def _refused(self) -> int | None:
         """The guard refused the update of this step: go on, go back, or give up, alike on all ranks."""
-        verdict = self.guard.verdict()
+        self.progress.skipped += 1
         if self.runtime.is_main:
-            logger.warning("step %d skipped: gradient norm %g", self.progress.step - 1, self._grad_norm)
-        if verdict == "skip":
+            logger.warning("step %d skipped: %s", self.progress.step - 1, self.guard.reason)
+        if self._verdict == "skip":
             return None
         self._report_saves(self.store.wait())
         target = self.store.latest_valid()
-        if verdict == "give_up" or target is None:
+        if self._verdict == "give_up" or target is None:
             if self.runtime.is_main:
+                kept = "there is no checkpoint" if target is None else f"the checkpoint of step {target} is intact"
                 logger.error(
-                    "giving up at step %d after %d skipped steps and %d rollbacks%s; try a lower schedule.lr, or look "
-                    "at the data of these steps. The checkpoint of step %s is intact",
-                    self.progress.step,
-                    self.guard.total_skips,
-                    self.guard.rollbacks,
-                    " (there is no checkpoint to roll back to)" if target is None else "",
-                    target,
+                    "giving up at step %d after %d skipped steps and %d rollbacks; %s. Try a lower schedule.lr, or "
+                    "look at the data of these steps",
+                    *(self.progress.step, self.progress.skipped, self.guard.rollbacks, kept),
                 )
             return EXIT_DIVERGED
-        failed_at, guard = self.progress.step, self.guard.state()
-        already_passed_over = self.progress.passed_over
+        failed = self.progress
         self.restore(target)
-        self.guard.load_state(guard)
-        self.guard.rolled_back()
         # The same data would fail the same way: the order goes on behind the samples that led here.
-        self.progress.passed_over = already_passed_over + (failed_at - target) * self.config.train.global_batch
+        behind = (failed.step - target) * self.config.train.global_batch
+        self.progress = dataclasses.replace(
+            self.progress, passed_over=failed.passed_over + behind, skipped=failed.skipped, seconds=failed.seconds
+        )
         self.metrics.rewind(target)
-        self._sums, self._count = {}, 0.0
+        self._figures = {}
         if self.runtime.is_main:
-            logger.warning("rolled back from step %d to the checkpoint of step %d", failed_at, target)
+            logger.warning("rolled back from step %d to the checkpoint of step %d", failed.step, target)
         return None
 
     @contextlib.contextmanager
-    def _aside(self, phase: str):
+    def _aside(self, phase: str) -> Iterator[None]:
         """Something that is not training: known to the watchdog, off the throughput clock."""
-        with self.watchdog.phase(self.progress.step, phase), self.throughput.paused(phase):
+        seconds = None if self.config.watch.timeout_seconds is None else self.config.watch.first_step_seconds
+        with self.watchdog.limit(phase, seconds), self.throughput.paused(phase):
             yield
 
 
@@ -263,14 +275,3 @@ def check_identity(saved: dict[str, Any], mine: dict[str, Any], *, where: str) -
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def run_folder_files(folder: Path) -> dict[str, Path]:
-    """The files of a run folder, by what they are."""
-    return {
-        "config": folder / "config.yaml",
-        "environment": folder / "env.json",
-        "metrics": folder / "metrics.jsonl",
-        "checkpoints": folder / "checkpoints",
-        "health": folder / "health",
-    }

@@ -4,16 +4,18 @@ The library of llm/diffusion speaks numpy and tensors and raises ValueError; thi
 keys of a YAML file, so that a wrong number is answered with the key that holds it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from functools import cached_property
+from typing import ClassVar, Literal, cast, get_args
 
-from launch.config import Count
+from launch.config import Count, unknown_key
 from launch.errors import ConfigError
 from launch.experiment import Experiment
 from llm.backbones import InputKind, InputSpec, ModelConfig, resolve_input_kind
 from llm.data.stream import DataConfig
 from llm.diffusion.codec import Codec, build_codec
-from llm.diffusion.objective import ObjectiveConfig, parse_objective
+from llm.diffusion.objective import MaskedObjective, Name
 from llm.diffusion.sampler import SamplerConfig
 
 Bound = Literal["nelbo_token", "nelbo_subtoken", "nll_chain"]
@@ -41,8 +43,8 @@ class DiffusionConfig:
     def check(self, path: str) -> None:
         if (self.family == "prime") != (self.granularity > 1):
             raise ConfigError(
-                f"{path}.granularity = {self.granularity} does not go with {path}.family = {self.family}: prime has 2 or "
-                "more digits per token, ar and mdm have 1"
+                f"{path}.granularity = {self.granularity} does not go with {path}.family = {self.family}: prime has 2 "
+                "or more digits per token, ar and mdm have 1"
             )
         for name in ("p_group", "random_length_probability"):
             if not 0 <= getattr(self, name) <= 1:
@@ -51,20 +53,44 @@ class DiffusionConfig:
             raise ConfigError(f"{path}.chunk_point = {self.chunk_point}; a time lies in [0, 1], or null")
         if not 0 < self.t_min < 1:
             raise ConfigError(f"{path}.t_min = {self.t_min}; need 0 < t_min < 1, for example 1e-3")
-        try:
-            objective = self.library_objective()
-        except ValueError as error:
-            raise ConfigError(f"{path}.objective = {self.objective!r}: {error}") from None
-        if (self.family == "ar") != ("ar" in objective.terms):
+        if (self.family == "ar") != ("ar" in self.terms) or (self.family == "ar" and len(self.terms) > 1):
             raise ConfigError(f"{path}.objective = {self.objective!r} does not train {path}.family = {self.family}")
 
-    def library_objective(self) -> ObjectiveConfig:
-        return ObjectiveConfig(
-            terms=parse_objective(self.objective),
+    @cached_property
+    def terms(self) -> dict[str, float]:
+        """The objective's terms and factors: "ce_joint", or "0.5*ce_joint+0.5*nelbo_token"."""
+        terms: dict[str, float] = {}
+        for term in self.objective.replace(" ", "").split("+"):
+            factor, _, name = term.rpartition("*")
+            if name not in get_args(Name):
+                raise unknown_key(name, get_args(Name), f"diffusion.objective = {self.objective!r}")
+            try:
+                terms[name] = terms.get(name, 0.0) + float(factor or 1.0)
+            except ValueError:
+                raise ConfigError(
+                    f"diffusion.objective = {self.objective!r}: {factor!r} is not a number; write it like "
+                    "0.5*ce_joint+0.5*nelbo_token"
+                ) from None
+        return terms
+
+    def objective_for(self, codec: Codec) -> MaskedObjective:
+        """The library's objective; `ConfigError` if its terms do not suit the masks that this section draws."""
+        objective = MaskedObjective(
+            terms=cast(Mapping[Name, float], self.terms),
             t_min=self.t_min,
-            carry_over=self.carry_over_train,
-            paper_compat=self.paper_compat,
+            carry_over=self.carry_over_train and not self.paper_compat,
+            positions="all" if self.paper_compat else "masked",
         )
+        whole_tokens_at_times = self.chunk_point is not None
+        try:
+            objective.check(
+                codec,
+                can_group=self.p_group > 0 or whole_tokens_at_times,
+                can_split=self.p_group < 1 if not whole_tokens_at_times else True,
+            )
+        except ValueError as error:
+            raise ConfigError(f"diffusion: {error}") from None
+        return objective
 
     def codec(self, vocab_size: int) -> Codec:
         """The codec of `vocab_size` tokens; `ConfigError` if they do not fit together."""

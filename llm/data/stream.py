@@ -43,6 +43,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]  # data sets of the mixture; all made with one tokenizer
     block_length: int = 1024  # tokens of a training sequence, documents packed
+    vocab_size: int | None = None  # tokens the model is built for; null: those of the data (plans without data need it)
     seed: int = 0  # of the order of the blocks
     verify: bool = False  # compare every shard with its sha256 before the run (reads all of it)
 

@@ -1,0 +1,219 @@
+"""The language-model task: what a batch is, what its loss is, and how a model is judged while it trains.
+
+Everything random about a batch is a function of (seed, step, row of the global batch), so neither the number of
+processes nor a restart changes it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from launch.errors import ConfigError
+from launch.random import stream_key, uniform
+from launch.runtime import Runtime
+from llm import backbones
+from llm.config import LanguageConfig
+from llm.data.stream import TrainingStream, open_datasets
+from llm.diffusion import masking
+from llm.diffusion.objective import Loss, MaskedBatch, Readout, ar_inputs, ar_readout, masked_readout
+from llm.generate import Language, generate, write_samples
+from llm.heldout import evaluate_bounds, heldout_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch: B sequences of L tokens, and what their masks are drawn from."""
+
+    tokens: Tensor  # int64 [B, L]
+    masked: MaskedBatch | None  # None for the autoregressive family
+
+
+class LanguageTask:
+    def __init__(self, config: LanguageConfig, device: torch.device, open_data: bool = True):
+        """With `open_data` the data set must exist and fit; without, `data.vocab_size` must say what it would be."""
+        self.config, self.device = config, device
+        self.stream = TrainingStream(config.data) if open_data else None
+        vocab_size = self.stream.vocab_size if self.stream else config.data.vocab_size
+        if vocab_size is None:
+            raise ConfigError("data.vocab_size is not set and the data are not read; set it, or use --dry-run")
+        if config.data.vocab_size not in (None, vocab_size):
+            raise ConfigError(
+                f"data.vocab_size = {config.data.vocab_size}, but {config.data.sources[0].path} was made with a "
+                f"tokenizer of {vocab_size} tokens; set it to {vocab_size}, or prepare the data again"
+            )
+        self.codec = config.diffusion.codec(vocab_size).to(device)
+        self.input_spec = config.diffusion.input_spec(config.model, self.codec)
+        self.language = Language(
+            family=config.diffusion.family,
+            codec=self.codec,
+            first_token=_first_token(self.stream) if self.stream and config.diffusion.family == "ar" else 0,
+        )
+        self.objective = config.diffusion.objective_for(self.codec) if config.diffusion.family != "ar" else None
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.config.data.block_length
+
+    def build_model(self) -> backbones.Llama | backbones.DiT:
+        return backbones.build(
+            self.config.model,
+            input_layer=self.input_spec,
+            num_classes=self.codec.vocab_size,
+            causal=self.config.diffusion.family == "ar",
+        )
+
+    # --- a training step ---------------------------------------------------------------------------------------------
+
+    def batch(self, positions: np.ndarray, step: int) -> Batch:
+        """The blocks at these global positions, cut to the step's length, with their masks."""
+        assert self.stream is not None
+        diffusion, seed = self.config.diffusion, self.config.run.seed
+        tokens = self.stream.blocks(positions).to(self.device)
+        length_noise = uniform(stream_key(seed, "length", step), torch.zeros(1, dtype=torch.int64), 2)[0]
+        length = masking.random_length(length_noise, tokens.shape[1], probability=diffusion.random_length_probability)
+        tokens = tokens[:, :length]
+        if self.objective is None:
+            return Batch(tokens=tokens, masked=None)
+
+        global_batch = self.config.train.global_batch
+        rows = torch.from_numpy(positions % global_batch).to(self.device)  # place in the global batch
+        times = self._times(rows, step, global_batch)
+        shape = (*tokens.shape, self.codec.granularity)
+        noise = uniform(stream_key(seed, "mask", step), rows, shape[1] * shape[2]).view(shape)
+        grouped = None
+        if diffusion.chunk_point is not None:
+            grouped = masking.granularity_by_time(times, chunk_point=diffusion.chunk_point)
+        elif diffusion.p_group > 0:
+            choice = uniform(stream_key(seed, "granularity", step), rows, 1)[:, 0]
+            grouped = masking.random_granularity(choice, p_group=diffusion.p_group)
+        mask = masking.random_mask(noise, times, grouped=grouped)
+        return Batch(tokens=tokens, masked=MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped))
+
+    def _times(self, rows: Tensor, step: int, global_batch: int) -> Tensor:
+        """float32 [B]: noise times of these rows of the global batch."""
+        key = stream_key(self.config.run.seed, "time", step)
+        everyone = uniform(key, torch.arange(global_batch + 1, device=self.device), 1)[:, 0]
+        if self.config.diffusion.time_sampling == "uniform":
+            return everyone[rows]
+        return masking.stratified_times(everyone[-1], everyone[:-1], rows)
+
+    def count(self, batch: Batch) -> float:
+        return batch.tokens.numel()
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss sum of a micro-batch, and [numerator, denominator] of every figure worth logging."""
+        if batch.masked is None or self.objective is None:
+            inputs = ar_inputs(batch.tokens, bos=self.language.first_token)
+            readout = ar_readout(batch.tokens)
+        else:
+            inputs = self.language.inputs(batch.masked.inputs(self.codec))
+            readout = masked_readout(self.objective, batch.masked, self.codec)
+        loss_sum, metrics = model(inputs, _in_plain_containers(readout))
+        return loss_sum, _figures(metrics, self.codec.granularity)
+
+    # --- judging -----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:
+        """Collective. Nats per token, standard error and bits per byte of each bound on validation blocks."""
+        evaluation = self.config.evaluation
+        names = self.language.bounds(evaluation.bounds)
+        figures: dict[str, float] = {}
+        for dataset in self._validation:
+            suffix = f"/{Path(dataset.path).name}" if len(self._validation) > 1 else ""
+            blocks = heldout_blocks(dataset, evaluation.sequences)
+            for result in evaluate_bounds(model, self.language, dataset, blocks, names, evaluation, runtime):
+                figures |= {f"{key}{suffix}": value for key, value in result.figures(dataset.bytes_per_token).items()}
+        return figures
+
+    def sample(self, model: nn.Module, runtime: Runtime, step: int, folder: Path) -> None:
+        """Collective. Rank 0 writes samples; the others wait at the next agreement."""
+        if runtime.is_main:
+            assert self.stream is not None
+            sampling = self.config.sampling
+            samples = generate(
+                model,
+                self.language,
+                config=sampling.sampler,
+                count=sampling.count,
+                length=sampling.length or self.config.data.block_length,
+                seed=sampling.seed,
+                device=self.device,
+            )
+            write_samples(folder / f"step_{step:08d}.md", samples, self.stream.tokenizer, language=self.language)
+        runtime.barrier()
+
+    @cached_property
+    def _validation(self) -> list[Any]:
+        return open_datasets(self.config.data, "validation")
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    def identity(self) -> Mapping[str, Any]:
+        assert self.stream is not None
+        return {"codec": self.codec.describe(), "data": self.stream.fingerprint, "vocab_size": self.codec.vocab_size}
+
+    def facts(self) -> Mapping[str, Any]:
+        spec, causal = self.input_spec, self.config.diffusion.family == "ar"
+        counts = backbones.count_parameters(
+            self.config.model, input_layer=spec, num_classes=self.codec.vocab_size, causal=causal
+        )
+        codec = self.codec
+        digits = f" as {codec.granularity} digits of base {codec.base}" if codec.granularity > 1 else ""
+        return {
+            "model": f"{self.config.diffusion.family}, {self.config.model.kind}, {codec.vocab_size} tokens{digits}",
+            "parameters": (
+                f"{counts.total:,} in all; {counts.non_embedding:,} without tables and head (N), "
+                f"{counts.label:,} by the papers' label 12 layers width^2"
+            ),
+        }
+
+    def flops_per_token(self) -> float:
+        """Training FLOPs of a token by the full rule (6N, head and attention)."""
+        flops = backbones.training_flops(
+            self.config.model,
+            input_layer=self.input_spec,
+            num_classes=self.codec.vocab_size,
+            causal=self.config.diffusion.family == "ar",
+            length=self.config.data.block_length,
+            tokens=1,
+        )
+        return flops.full
+
+    def report_sections(self, run_folder: Path) -> list[tuple[str, str]]:
+        samples = sorted((run_folder / "samples").glob("*.md"))
+        return [("Samples", samples[-1].read_text())] if samples else []
+
+
+def _in_plain_containers(readout: Readout) -> Any:
+    """The readout with its result as a tuple: DDP and FSDP2 look for tensors in plain containers only."""
+
+    def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        loss: Loss = readout(hidden, weight, bias)
+        return loss.loss_sum, loss.metrics
+
+    return plain
+
+
+def _figures(metrics: Mapping[str, Tensor], granularity: int) -> dict[str, Tensor]:
+    """Name -> [numerator, denominator], from the sums that the objective reports."""
+    tokens = metrics["num_tokens"]
+    figures = {}
+    for key, value in metrics.items():
+        if key.endswith("_sum") and not (granularity == 1 and key == "loss_ce_joint_sum"):  # l = 1: it is the bound
+            name = key.removesuffix("_sum")
+            figures[name] = torch.stack([value.double(), metrics.get(f"num_tokens_{name}", tokens).double()])
+    if "num_loss_positions" in metrics:
+        figures["loss_positions"] = torch.stack([metrics["num_loss_positions"].double(), tokens.double()])
+    return figures
+
+
+def _first_token(stream: TrainingStream) -> int:
+    """What an autoregressive model reads before the first token of a block."""
+    tokenizer = stream.tokenizer
+    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
