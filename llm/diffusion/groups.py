@@ -69,8 +69,8 @@ def true_log_probs(logits: Tensor, revealed: Tensor | None, tokens: Tensor, code
     """log p(x) [P] of the true `tokens` [P] and log p(digit j = x_j) [P, l] of each of their digits, for training.
 
     revealed: digits [P, l] with b where hidden; None applies no filter. Differentiable once; the backward is written by
-    hand and keeps one [P, V] tensor. Finite whenever the logits are: where the mass of a digit underflows next to the
-    largest token, the mass of the true token stands in for it, a lower bound with a useful gradient.
+    hand and keeps one [P, V] tensor. Finite whenever the logits are: where the tokens that share a digit have less than
+    1e-30 of the largest token's mass, the true token stands in for them, a lower bound with a useful gradient.
     """
     log_token, log_digits = _TrueLogProbs.apply(logits, revealed, tokens, codec, codec.granularity > 1)  # type: ignore[misc]
     return log_token, log_token.unsqueeze(-1) if log_digits is None else log_digits  # l = 1: the digit is the token
@@ -95,7 +95,7 @@ class _TrueLogProbs(torch.autograd.Function):
 
         digits = codec.encode(tokens)
         agreeing, whole = _digit_mass(mass, digits, codec)
-        floored = agreeing.log() < true_score - 1.0  # underflow, for the true token is one of the agreeing tokens
+        floored = agreeing < torch.finfo(mass.dtype).tiny ** 0.8  # 1e-30: the backward divides by it, times a weight
         log_digits = torch.where(floored, true_score - total.log(), agreeing.log() - whole.log())
         ctx.save_for_backward(mass, total, tokens, digits, agreeing, whole, floored)
         ctx.codec = codec

@@ -28,7 +28,7 @@ Estimator = Literal["E1", "E2"]
 Order = Literal["left_to_right", "confidence"]
 
 Predict = Callable[[Tensor, Callable[[Tensor, Tensor, Tensor | None], Any]], Any]
-"""(inputs, readout) -> readout(hidden [B, L, D], weight [V, D], bias): a backbone. Inputs: digits, or tokens (nll_ar)."""
+"""(inputs, readout) -> readout(hidden [B, L, D], weight [V, D], bias): a backbone. Inputs: digits or (AR) tokens."""
 
 Noise = Callable[[int, int], Tensor]
 """(draw, count) -> uniforms [B, count] on [0, 1), independent between draws and sequences."""
