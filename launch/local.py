@@ -40,25 +40,29 @@ def run_local(
     *,
     log_dir: Path | None = None,
     grace_seconds: float = 10.0,
-    environ: Mapping[str, str] | None = None,
+    as_ranks: bool = True,
 ) -> int:
     """Run `command` as ranks 0..num_processes-1 and return the exit code that says most (`exit_code`).
 
     Rank 0 writes to the console, the others to `log_dir`/rank-N.log (without `log_dir`, all to the console). SIGTERM,
     SIGINT, SIGUSR1 and SIGUSR2 are passed on, and the ranks decide. If a rank fails, the others get `grace_seconds`
     to notice and are then killed: a process group with a hole cannot save a checkpoint. Call it on the main thread.
+
+    Without `as_ranks` the command is a launcher itself, which sets the variables of its ranks.
     """
     if num_processes < 1:
         raise ClusterError(f"{num_processes} processes were asked for; at least 1 is needed")
     if sys.platform != "linux":
         raise ClusterError(f"the local launcher needs Linux, this is {sys.platform}; use --launcher torchrun")
-    with tempfile.TemporaryDirectory(prefix="unmask-") as folder, _Ranks() as ranks:
-        base = dict(os.environ if environ is None else environ)
+    with tempfile.TemporaryDirectory(prefix="unmask-") as folder, _Children(as_ranks) as children:
         for rank in range(num_processes):
-            variables = rank_environment(base, rank, num_processes, rendezvous_file=Path(folder) / "rendezvous")
+            variables = dict(os.environ)
+            if as_ranks:
+                file = Path(folder) / "rendezvous"
+                variables = rank_environment(os.environ, rank, num_processes, rendezvous_file=file)
             log = None if log_dir is None or rank == 0 else log_dir / f"rank-{rank}.log"
-            ranks.start(command, variables, log)
-        return ranks.wait(grace_seconds)
+            children.start(command, variables, log)
+        return children.wait(grace_seconds)
 
 
 def rank_environment(
@@ -103,16 +107,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-class _Ranks:
-    """The children, from `start` to the end of the context, with the stop signals passed on to them."""
+class _Children:
+    """From `start` to the end of the context, with the stop signals passed on to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, are_ranks: bool) -> None:
+        self._are_ranks = are_ranks
         self._children: list[subprocess.Popen[bytes]] = []
         self._logs: list[Path | None] = []
         self._received: list[int] = []
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "_Ranks":
+    def __enter__(self) -> "_Children":
         for number in STOP_SIGNALS:
             self._previous_handlers[number] = signal.signal(number, self._pass_on)
         return self
@@ -172,7 +177,7 @@ class _Ranks:
     def _obituary(self, rank: int) -> str:
         code = self._children[rank].returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"rank {rank} of {len(self._children)} {how}"
+        return f"rank {rank} of {len(self._children)} {how}" if self._are_ranks else f"the launcher {how}"
 
     def _say(self, text: str, rank: int | None = None) -> None:
         print(f"unmask: {text}", file=sys.stderr, flush=True)
@@ -185,6 +190,8 @@ class _Ranks:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if not self._are_ranks and number in (signal.SIGUSR1, signal.SIGUSR2):
+            number = signal.SIGTERM  # a torchrun agent dies of the others and leaves its workers behind
         self._received.append(number)
         for child in self._children:
             child.send_signal(number)  # does nothing for a child that has been waited for
@@ -216,7 +223,7 @@ def torchrun_command(
     module: str,
     arguments: Sequence[str],
     *,
-    processes_per_node: int,
+    processes: int,
     num_nodes: int = 1,
     endpoint: str | None = None,
     run_id: str = "unmask",
@@ -224,8 +231,9 @@ def torchrun_command(
 ) -> list[str]:
     """`torchrun ... -m module arguments`; with several nodes the same line runs on each of them.
 
-    `endpoint` is host:port of one node, by a name that resolves there. torchrun kills its workers `shutdown_seconds`
-    after it was asked to stop (30 by default): time for the step in flight and one checkpoint.
+    `processes` are those of one node; `endpoint` is host:port of one of them, by a name that resolves there. torchrun
+    kills its workers `shutdown_seconds` after it was asked to stop (30 by default): time for the step in flight and one
+    checkpoint.
     """
     rendezvous = ["--standalone"]
     if num_nodes > 1:
@@ -239,7 +247,7 @@ def torchrun_command(
     return [
         "torchrun",
         *rendezvous,
-        f"--nproc-per-node={processes_per_node}",
+        f"--nproc-per-node={processes}",
         f"--shutdown-timeout={shutdown_seconds}",
         "-m",
         module,
@@ -251,7 +259,7 @@ def accelerate_command(
     module: str,
     arguments: Sequence[str],
     *,
-    processes_per_node: int,
+    processes: int,
     num_nodes: int = 1,
     node_rank: int = 0,
     endpoint: str | None = None,
@@ -261,9 +269,9 @@ def accelerate_command(
 
     accelerate only starts the processes: precision and sharding are said in the run's configuration. Without
     `--multi_gpu` it starts one process whatever `--num_processes` says, on CPU too, and `--cpu` would choose that
-    path; hence the variable ACCELERATE_USE_CPU instead. `--num_processes` counts all nodes.
+    path; hence the variable ACCELERATE_USE_CPU instead. `processes` are those of one node, `--num_processes` of all.
     """
-    total = processes_per_node * num_nodes
+    total = processes * num_nodes
     place = ["--main_process_port=0"]  # any free one; the default, 29500, is taken by a second run
     if num_nodes > 1:
         host, port = _split_endpoint(endpoint, num_nodes)
@@ -284,7 +292,7 @@ def accelerate_command(
     ]
 
 
-def check_accelerate_environment(environ: Mapping[str, str], *, strategy: str, precision: str) -> None:
+def check_accelerate_environment(strategy: str, precision: str, environ: Mapping[str, str]) -> None:
     """`ClusterError` if `accelerate launch` was told a sharding or precision other than the run's configuration.
 
     We read only ranks from accelerate. A plug-in that it announces in the environment and that we do not apply would be

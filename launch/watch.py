@@ -35,15 +35,17 @@ Verdict = Literal["ok", "skip", "rollback", "give_up"]
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    timeout_seconds: Seconds | None = 600.0  # no progress for this long is a hang: stacks, exit code 76; null: never
-    first_step_seconds: Seconds = 1800.0  # the same limit until the first step is over (compilation, warm-up)
-    interval_seconds: Seconds = 5.0  # time between two writes of RUN/health/rank-N.json
+    timeout: Seconds | None = 600.0  # no progress for this long is a hang: stacks, exit code 76; null: never
+    first_step_timeout: Seconds = 1800.0  # the same limit until the first step is over (compilation, warm-up)
+    phase_timeout: Seconds | None = 7200.0  # the same limit for an evaluation, sampling or checkpoint; null: none
+    interval: Seconds = 5.0  # time between two writes of RUN/health/rank-N.json
+    stop_grace: Seconds | None = None  # ranks that cannot agree to stop this long after a signal end; null: they wait
 
     def check(self, path: str) -> None:
-        for name in ("timeout_seconds", "first_step_seconds", "interval_seconds"):
+        for name in ("timeout", "first_step_timeout", "phase_timeout", "interval", "stop_grace"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{path}.{name} = {value} must be a positive number of seconds, such as 600")
+                raise ConfigError(f"{path}.{name} = {value}; need a positive time such as 10min")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +115,7 @@ class Watchdog:
     """Heartbeat of this rank, between `start` and `close` (or as a context).
 
     The trainer calls `beat(step, phase)` as it goes. Until a beat names a later step than the first one did, the limit
-    is `first_step_seconds`; after that `timeout_seconds`. Phases of another rhythm (evaluation, checkpoint) run
-    inside `limit`.
+    is `first_step_timeout`; after that `timeout`. What has another rhythm (evaluation, checkpoint) runs inside `phase`.
 
     The watchdog is a Python thread: C code that hangs while it holds the interpreter lock silences it. Then the health
     file grows old, which the watchdog of rank 0 and `unmask status` report.
@@ -132,8 +133,8 @@ class Watchdog:
         self._lock = threading.Lock()
         self._step, self._phase = 0, "start"
         self._first_step: int | None = None
-        self._limit = None if config.timeout_seconds is None else config.first_step_seconds
-        self._own_limit = False  # inside `limit`
+        self._limit = None if config.timeout is None else config.first_step_timeout
+        self._aside = False  # inside `phase`
         self._beat_at, self._beat_time = time.monotonic(), time.time()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -150,24 +151,24 @@ class Watchdog:
         with self._lock:
             if self._first_step is None:
                 self._first_step = step
-            if step > self._first_step and not self._own_limit:
-                self._limit = self._config.timeout_seconds
+            if step > self._first_step and not self._aside:
+                self._limit = self._config.timeout
             self._step, self._phase = step, phase
             self._beat_at, self._beat_time = time.monotonic(), time.time()
 
     @contextlib.contextmanager
-    def limit(self, phase: str, seconds: float | None) -> Iterator[None]:
-        """Within this block the limit between two beats is `seconds` (None: no limit) and the phase is `phase`."""
+    def phase(self, step: int, phase: str) -> Iterator[None]:
+        """Within this block the limit from beat to beat is `phase_timeout`; afterwards what it was before."""
         with self._lock:
-            before = self._limit, self._phase, self._own_limit
-            self._limit, self._phase, self._own_limit = seconds, phase, True
-            self._beat_at, self._beat_time = time.monotonic(), time.time()
+            before = self._limit, self._phase, self._aside
+            self._limit, self._aside = self._config.phase_timeout, True
+        self.beat(step, phase)
         try:
             yield
         finally:
             with self._lock:
-                self._limit, self._phase, self._own_limit = before
-                self._beat_at, self._beat_time = time.monotonic(), time.time()
+                self._limit, before_phase, self._aside = before
+            self.beat(step, before_phase)
 
     def close(self) -> None:
         """End the thread and write the file a last time. May be called twice."""
@@ -185,7 +186,7 @@ class Watchdog:
         self.close()
 
     def _watch(self) -> None:
-        next_write = time.monotonic() + self._config.interval_seconds
+        next_write = time.monotonic() + self._config.interval
         while True:
             with self._lock:
                 deadline = math.inf if self._limit is None else self._beat_at + self._limit
@@ -194,8 +195,8 @@ class Watchdog:
                 self._end(now)
             if now >= next_write:
                 self._write()
-                next_write = now + self._config.interval_seconds
-            # `limit` may bring the deadline forward, so never sleep past the interval
+                next_write = now + self._config.interval
+            # `phase` may bring the deadline forward, so never sleep past the interval
             if self._closed.wait(max(0.0, min(deadline, next_write) - now)):
                 return
 
@@ -230,7 +231,7 @@ class Watchdog:
         self._write()
         if self._rank == 0:
             healths = read_health(self._run_dir)
-            silent_seconds = _MISSED_WRITES * self._config.interval_seconds
+            silent_seconds = _MISSED_WRITES * self._config.interval
             report = lagging(healths, world_size=self._world_size, now=time.time(), silent_seconds=silent_seconds)
             lines += [f"  {line}" for line in report]
         os.write(2, ("\n".join(lines) + "\n").encode())  # sys.stderr may be locked by the thread that hangs
@@ -240,54 +241,70 @@ class Watchdog:
 
 
 class LossGuard:
-    """Verdict on each step from its GLOBAL loss and gradient norm, so that all ranks do the same.
+    """Verdict on each step from its GLOBAL gradient norm (and loss), so that all ranks come to the same.
 
-    A step is bad if either number is not finite or, with `spike_sigma`, lies above mean + k sigma of the accepted ones.
+    A step is bad if a number is not finite or, with `spike_sigma`, lies above mean + k sigma of the accepted ones. A
+    loss that is not finite shows in the gradient norm, so a loop that would have to wait for its loss may leave it out.
     Bad steps are skipped (the update is not applied) until `max_consecutive_skips` in a row; the next one rolls back
     to the last checkpoint, at most `max_rollbacks` times in the run; then the guard gives up.
+
+        if not guard.accepts(grad_norm):
+            match guard.verdict(): ...  # "skip", "rollback" (then call `rolled_back`) or "give_up"
     """
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
-        self._losses: deque[float] = deque(maxlen=config.window)
         self._grad_norms: deque[float] = deque(maxlen=config.window)
+        self._losses: deque[float] = deque(maxlen=config.window)
         self.consecutive_skips = 0
+        self.total_skips = 0
         self.rollbacks = 0
         self.reason = ""  # why the last step was bad; empty after a good one
 
-    def judge(self, loss: float, grad_norm: float) -> Verdict:
-        self.reason = self._why_bad("loss", loss, self._losses) or self._why_bad(
-            "gradient norm", grad_norm, self._grad_norms
-        )
-        if not self.reason:
-            self._losses.append(loss)
-            self._grad_norms.append(grad_norm)
-            self.consecutive_skips = 0
-            return "ok"
-        if self.consecutive_skips < self._config.max_consecutive_skips:
+    def accepts(self, grad_norm: float, loss: float | None = None) -> bool:
+        """Whether the update of this step may be applied; to be asked once a step."""
+        self.reason = self._why_bad("gradient norm", grad_norm, self._grad_norms)
+        if loss is not None and not self.reason:
+            self.reason = self._why_bad("loss", loss, self._losses)
+        if self.reason:
             self.consecutive_skips += 1
+            self.total_skips += 1
+            return False
+        self._grad_norms.append(grad_norm)
+        if loss is not None:
+            self._losses.append(loss)
+        self.consecutive_skips = 0
+        return True
+
+    def verdict(self) -> Verdict:
+        """What to do after the step that `accepts` was last asked about."""
+        if self.consecutive_skips == 0:
+            return "ok"
+        if self.consecutive_skips <= self._config.max_consecutive_skips:
             return "skip"
-        if self.rollbacks < self._config.max_rollbacks:
-            self.rollbacks += 1
-            self.consecutive_skips = 0
-            return "rollback"
-        return "give_up"
+        return "rollback" if self.rollbacks < self._config.max_rollbacks else "give_up"
+
+    def rolled_back(self) -> None:
+        """The last checkpoint is loaded, and this guard has kept (or got back) its state of before."""
+        self.rollbacks += 1
+        self.consecutive_skips = 0
 
     def state(self) -> dict[str, Any]:
         """JSON-able; belongs into the checkpoint."""
         return {
-            "losses": list(self._losses),
             "grad_norms": list(self._grad_norms),
+            "losses": list(self._losses),
             "consecutive_skips": self.consecutive_skips,
+            "total_skips": self.total_skips,
             "rollbacks": self.rollbacks,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; after a rollback, which the checkpoint knows nothing of, the count stands."""
-        self._losses = deque(state["losses"], maxlen=self._config.window)
         self._grad_norms = deque(state["grad_norms"], maxlen=self._config.window)
+        self._losses = deque(state["losses"], maxlen=self._config.window)
         self.consecutive_skips = state["consecutive_skips"]
-        self.rollbacks = max(self.rollbacks, state["rollbacks"])
+        self.total_skips = state["total_skips"]
+        self.rollbacks = state["rollbacks"]
 
     def _why_bad(self, name: str, value: float, accepted: deque[float]) -> str:
         if not math.isfinite(value):

@@ -220,6 +220,21 @@ def test_the_launcher_gives_its_signal_handlers_back(tmp_path: Path) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_foreign_launcher_keeps_its_own_variables_and_never_hears_usr1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", RENDEZVOUS_FILE):
+        monkeypatch.delenv(name, raising=False)
+    body = (
+        "import os, signal, sys, time\n"
+        "assert not {'RANK', 'WORLD_SIZE', 'UNMASK_RENDEZVOUS_FILE'} & set(os.environ)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "os.kill(os.getppid(), signal.SIGUSR1)\n"
+        "time.sleep(60)"
+    )
+    assert run_local([sys.executable, "-c", body], 1, as_ranks=False) == 0
+
+
 def test_zero_processes_are_refused() -> None:
     with pytest.raises(ClusterError, match="0 processes were asked for"):
         run_local(["true"], 0)
@@ -229,7 +244,7 @@ def test_zero_processes_are_refused() -> None:
 
 
 def test_torchrun_on_one_machine_needs_no_address() -> None:
-    line = shlex.join(torchrun_command("llm.train", ["a b.yaml", "train.steps=3"], processes_per_node=8))
+    line = shlex.join(torchrun_command("llm.train", ["a b.yaml", "train.steps=3"], processes=8))
     assert line == (
         "torchrun --standalone --nproc-per-node=8 --shutdown-timeout=300 -m llm.train 'a b.yaml' train.steps=3"
     )
@@ -237,7 +252,7 @@ def test_torchrun_on_one_machine_needs_no_address() -> None:
 
 def test_torchrun_on_several_machines_is_one_line_for_all_of_them() -> None:
     command = torchrun_command(
-        "llm.train", ["c.yaml"], processes_per_node=4, num_nodes=2, endpoint="node001:29500", run_id="1234"
+        "llm.train", ["c.yaml"], processes=4, num_nodes=2, endpoint="node001:29500", run_id="1234"
     )
     assert shlex.join(command) == (
         "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node001:29500 --rdzv-id=1234 --nproc-per-node=4 "
@@ -247,7 +262,7 @@ def test_torchrun_on_several_machines_is_one_line_for_all_of_them() -> None:
 
 def test_accelerate_counts_all_processes_and_names_the_machine() -> None:
     command = accelerate_command(
-        "llm.train", ["c.yaml"], processes_per_node=4, num_nodes=2, node_rank=1, endpoint="node001:29500"
+        "llm.train", ["c.yaml"], processes=4, num_nodes=2, node_rank=1, endpoint="node001:29500"
     )
     assert shlex.join(command) == (
         "accelerate launch --multi_gpu --num_processes=8 --num_machines=2 --machine_rank=1 --main_process_ip=node001 "
@@ -257,18 +272,18 @@ def test_accelerate_counts_all_processes_and_names_the_machine() -> None:
 
 def test_accelerate_on_cpu_still_asks_for_multi_gpu() -> None:
     """Measured with accelerate 1.15: `--cpu --num_processes 2` starts one process without a word."""
-    command = accelerate_command("llm.train", ["c.yaml"], processes_per_node=2, cpu=True)
+    command = accelerate_command("llm.train", ["c.yaml"], processes=2, cpu=True)
     assert command[:2] == ["env", "ACCELERATE_USE_CPU=true"]
     assert "--multi_gpu" in command and "--cpu" not in command
-    assert "--multi_gpu" not in accelerate_command("llm.train", [], processes_per_node=1, cpu=True)
+    assert "--multi_gpu" not in accelerate_command("llm.train", [], processes=1, cpu=True)
 
 
 @pytest.mark.parametrize("endpoint", [None, "node001", ":29500", "node001:port"])
 def test_several_machines_need_an_endpoint(endpoint: str | None) -> None:
     with pytest.raises(ClusterError, match="2 nodes need an endpoint host:port"):
-        torchrun_command("m", [], processes_per_node=1, num_nodes=2, endpoint=endpoint)
+        torchrun_command("m", [], processes=1, num_nodes=2, endpoint=endpoint)
     with pytest.raises(ClusterError, match="2 nodes need an endpoint host:port"):
-        accelerate_command("m", [], processes_per_node=1, num_nodes=2, endpoint=endpoint)
+        accelerate_command("m", [], processes=1, num_nodes=2, endpoint=endpoint)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +300,7 @@ def test_several_machines_need_an_endpoint(endpoint: str | None) -> None:
 def test_an_accelerate_environment_that_agrees_is_accepted(
     environ: dict[str, str], strategy: str, precision: str
 ) -> None:
-    check_accelerate_environment(environ, strategy=strategy, precision=precision)
+    check_accelerate_environment(strategy, precision, environ)
 
 
 @pytest.mark.parametrize(
@@ -308,5 +323,5 @@ def test_an_accelerate_environment_that_contradicts_the_config_is_refused(
     environ: dict[str, str], strategy: str, precision: str, words: str
 ) -> None:
     with pytest.raises(ClusterError, match=words) as refusal:
-        check_accelerate_environment(environ, strategy=strategy, precision=precision)
+        check_accelerate_environment(strategy, precision, environ)
     assert "or change the configuration" in str(refusal.value)
