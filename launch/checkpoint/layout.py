@@ -12,7 +12,7 @@
 Why not torch.distributed.checkpoint: its default format keeps the index in a pickle, which runs code when read. Its
 safetensors writer (hf_storage, torch 2.13) has no pickle, and what it saved at worlds of 1 to 4 (Shard(0), replicated)
 loaded correctly, but it keeps no index: with the file of rank 1 of 3 deleted it loaded without an error and left that
-part of each tensor unfilled. Every reader opens every file, saving took about twice as long (52 MB, 2 ranks), and sizes,
+part of each tensor unfilled. Every reader opens every file, saving took twice as long (52 MB, 2 ranks), and sizes,
 hashes and the commit would stay ours to write. An index of our own makes both sides short: a rank writes the boxes it
 owns with `safetensors`, and reads the boxes that overlap what it needs, at any world size.
 
