@@ -67,6 +67,7 @@ def test_attention_equals_softmax_of_scaled_products():
         for name, parameter in attention.named_parameters():
             parameter.copy_(1 + random(*parameter.shape, seed=len(name)) / 3)
     x, table = random(1, 5, 16), rotary_table(5, 8, 10000.0, torch.device("cpu"))
+    assert attention.q_norm is not None and attention.k_norm is not None
     heads = []
     for h in range(2):
         rows = slice(8 * h, 8 * h + 8)
