@@ -30,7 +30,7 @@ examples:
   unmask data prepare notes/ book.txt --out data/mine --tokenizer bpe:2048       a document per file
   unmask data prepare book.txt --format paragraphs --out data/book --tokenizer bpe:1024
   unmask data prepare web.jsonl.gz --text-field content --out data/web --tokenizer mistral
-  unmask data prepare HuggingFaceFW/fineweb-edu:sample-10BT --format datasets --out data/fineweb --limit-documents 100000
+  unmask data prepare HuggingFaceFW/fineweb-edu:sample-10BT --format datasets --out data/web --limit-documents 100000
 
 2% of the documents become the test split, 2% validation: by a hash of source and key, so that a document is held out
 on every machine alike. Records of jsonl, parquet and `datasets` are keyed by their text, files by their path.

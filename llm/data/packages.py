@@ -104,7 +104,7 @@ def read_dictionary(folder: Path) -> Documents:
 def read_jargon_file(folder: Path) -> Documents:
     (file,) = folder.glob("usr/share/doc/jargon-text/jargon.txt.gz")
     text = gzip.decompress(file.read_bytes()).decode("utf-8", errors="replace")
-    yield from _chapters("jargon", text, r"^(?:Chapter \d+\.|[A-Z]$|Appendix [A-Z]\.)")
+    yield from _chapters("jargon", text, r"^(?:Chapter\s\d+\.|Appendix\s[A-Z]\.|  [A-Z]$)")
 
 
 def files_reader(*patterns: str) -> Callable[[Path], Documents]:
