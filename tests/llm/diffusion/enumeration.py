@@ -7,6 +7,7 @@ Everything is float64 and written the slow, obvious way, without the library's f
 from collections.abc import Callable
 from itertools import permutations, product
 from math import comb, log
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,3 +245,9 @@ def _token_moves(digits: Tensor, probs: Tensor, codec: Codec, rate: float) -> li
             key = tuple(after.tolist())
             moves[key] = moves.get(key, 0.0) + chance * probability
     return list(moves.items())
+
+
+def as_backbone(predict: Predict, vocab_size: int) -> Callable[..., Any]:
+    """The model as the library's evaluators call it: its logits are the hidden states, under an identity head."""
+    identity = torch.eye(vocab_size, dtype=torch.float64)
+    return lambda digits, readout: readout(predict(digits).clamp(min=-1e30), identity, None)
