@@ -38,11 +38,12 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> tu
     tree = read_yaml(path, sources)
     for override in overrides:
         _apply_override(tree, override, sources)
-    config = _build(schema, tree, "", sources)
-    for dotted, node in _dataclasses_in(config, ""):
-        if hasattr(node, "check"):
-            node.check(dotted)
-    return config, sources
+    return _checked(schema, tree, sources), sources
+
+
+def from_dict(schema: type[T], tree: dict[str, Any], *, source: str) -> T:
+    """The configuration in plain data, as `to_dict` made it; `source` is named in errors."""
+    return _checked(schema, tree, {key: source for key in flatten(tree)})
 
 
 def read_yaml(path: str | Path, sources: dict[str, str] | None = None) -> dict[str, Any]:
@@ -161,6 +162,14 @@ def _apply_override(tree: dict[str, Any], override: str, sources: dict[str, str]
 
 
 # --- building --------------------------------------------------------------------------------------------------------
+
+
+def _checked(schema: type[T], tree: dict[str, Any], sources: dict[str, str]) -> T:
+    config = _build(schema, tree, "", sources)
+    for dotted, node in _dataclasses_in(config, ""):
+        if hasattr(node, "check"):
+            node.check(dotted)
+    return config
 
 
 def _build(schema: type[T], tree: dict[str, Any], prefix: str, sources: dict[str, str]) -> T:

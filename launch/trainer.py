@@ -23,7 +23,7 @@ from launch.metrics import MetricsWriter, Throughput
 from launch.runtime import Runtime
 from launch.schedule import learning_rate
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, StopFlag
-from launch.watch import LossGuard, Verdict, Watchdog
+from launch.watch import LossGuard, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ class Progress:
 
     step: int = 0  # optimizer steps taken or skipped
     passed_over: int = 0  # samples that a rollback left out of the order
-    skipped: int = 0  # steps whose update was refused
     tokens: int = 0  # tokens read since the start, those of skipped steps included
     seconds: float = 0.0  # wall time spent in training, over all restarts
 
@@ -55,9 +54,11 @@ class Trainer:
         self.store, self.metrics, self.watchdog, self.stop = store, metrics, watchdog, stop
         self.progress = Progress()
         self.guard = LossGuard(config.guard)
-        self._verdict: Verdict = "ok"
         self.throughput = Throughput(
-            flops_per_token=task.flops_per_token(), device=runtime.device, world=runtime.world_size
+            flops_per_token=task.flops_per_token(),
+            device=runtime.device,
+            world=runtime.world_size,
+            peak_flops=config.metrics.peak_flops,
         )
         self._figures: dict[str, torch.Tensor] = {}  # [numerator, denominator] since the last log line, on the device
         self._grad_norm = 0.0
@@ -111,7 +112,7 @@ class Trainer:
             self._accumulate(figures)
         self._accumulate({"loss": torch.stack([local_loss, torch.ones_like(local_loss) / self.runtime.world_size])})
         info = self.engine.step(
-            learning_rate(self.config.schedule, step, config.steps), lambda norm: self._judge(local_loss, norm)
+            learning_rate(self.config.schedule, step, config.steps), lambda norm: self._accepts(local_loss, norm)
         )
         self.progress.step += 1
         self.progress.tokens += config.global_batch * self.task.tokens_per_sample
@@ -121,13 +122,12 @@ class Trainer:
             return self._refused()
         return None
 
-    def _judge(self, local_loss: torch.Tensor, grad_norm: float) -> bool:
-        """Whether to apply the update. A broken loss shows in the gradient norm, which is global; only the rule for
-        spikes of the loss needs an exchange of its own."""
+    def _accepts(self, local_loss: torch.Tensor, grad_norm: float) -> bool:
+        """Whether to apply the update. A broken loss shows in the gradient norm, which is global already; only the
+        rule for spikes of the loss needs an exchange of its own."""
         watches_loss = self.config.guard.spike_sigma is not None
-        loss = float(self.runtime.all_reduce_sum(local_loss)) if watches_loss else grad_norm
-        self._verdict = self.guard.judge(loss, grad_norm)
-        return self._verdict == "ok"
+        loss = float(self.runtime.all_reduce_sum(local_loss)) if watches_loss else None
+        return self.guard.accepts(grad_norm, loss)
 
     def _accumulate(self, figures: dict[str, torch.Tensor]) -> None:
         for name, value in figures.items():
@@ -140,7 +140,7 @@ class Trainer:
         values |= {
             "lr": learning_rate(self.config.schedule, self.progress.step - 1, self.config.train.steps),
             "grad_norm": self._grad_norm,
-            "skipped_steps": self.progress.skipped,
+            "skipped_steps": self.guard.total_skips,
             "tokens": self.progress.tokens,
         }
         self._figures = {}
@@ -226,28 +226,30 @@ class Trainer:
 
     def _refused(self) -> int | None:
         """The guard refused the update of this step: go on, go back, or give up, alike on all ranks."""
-        self.progress.skipped += 1
         if self.runtime.is_main:
             logger.warning("step %d skipped: %s", self.progress.step - 1, self.guard.reason)
-        if self._verdict == "skip":
+        verdict = self.guard.verdict()
+        if verdict == "skip":
             return None
         self._report_saves(self.store.wait())
         target = self.store.latest_valid()
-        if self._verdict == "give_up" or target is None:
+        if verdict == "give_up" or target is None:
             if self.runtime.is_main:
                 kept = "there is no checkpoint" if target is None else f"the checkpoint of step {target} is intact"
                 logger.error(
                     "giving up at step %d after %d skipped steps and %d rollbacks; %s. Try a lower schedule.lr, or "
                     "look at the data of these steps",
-                    *(self.progress.step, self.progress.skipped, self.guard.rollbacks, kept),
+                    *(self.progress.step, self.guard.total_skips, self.guard.rollbacks, kept),
                 )
             return EXIT_DIVERGED
-        failed = self.progress
+        failed, guard = self.progress, self.guard.state()
         self.restore(target)
+        self.guard.load_state(guard)  # the checkpoint knows nothing of what came after it
+        self.guard.rolled_back()
         # The same data would fail the same way: the order goes on behind the samples that led here.
         behind = (failed.step - target) * self.config.train.global_batch
         self.progress = dataclasses.replace(
-            self.progress, passed_over=failed.passed_over + behind, skipped=failed.skipped, seconds=failed.seconds
+            self.progress, passed_over=failed.passed_over + behind, seconds=failed.seconds
         )
         self.metrics.rewind(target)
         self._figures = {}
@@ -258,8 +260,7 @@ class Trainer:
     @contextlib.contextmanager
     def _aside(self, phase: str) -> Iterator[None]:
         """Something that is not training: known to the watchdog, off the throughput clock."""
-        seconds = None if self.config.watch.timeout_seconds is None else self.config.watch.first_step_seconds
-        with self.watchdog.limit(phase, seconds), self.throughput.paused(phase):
+        with self.watchdog.phase(self.progress.step, phase), self.throughput.paused(phase):
             yield
 
 

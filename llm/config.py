@@ -149,5 +149,6 @@ class LanguageConfig(Experiment):
     data: DataConfig
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    initial_weights: str | None = None  # start from the weights of this exported folder instead of random ones
 
-    may_change: ClassVar[tuple[str, ...]] = ("evaluation.", "sampling.", "data.verify")
+    may_change: ClassVar[tuple[str, ...]] = ("evaluation.", "sampling.", "data.verify", "initial_weights")
