@@ -232,7 +232,7 @@ class _ShardWriter:
 class TokenDataset:
     """One split of a data set (or one source of it) as blocks of `block_length` tokens.
 
-    Safe to use after a fork (reads carry their own offset) and to pickle (files are opened again).
+    Safe after a fork (reads carry their own offset) and to pickle (files are opened again); one thread at a time.
     """
 
     def __init__(
