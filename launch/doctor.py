@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print all findings; 1 if something needed fails, else 0."""
     parser = argparse.ArgumentParser(
         prog="unmask doctor",
-        description="Look at this machine: versions, import names, devices, talk between processes, disk, limits, data.",
+        description="Look at this machine: versions, import names, devices, two processes that talk, disk, data.",
         epilog="exit code 1 if a line says FAIL. example: unmask doctor",
     )
     parser.parse_args(argv)
