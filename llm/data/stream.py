@@ -84,11 +84,11 @@ class TrainingStream:
     def blocks(self, positions: ArrayLike) -> Tensor:
         """Token ids, int64 [n, L], at global `positions` (int [n])."""
         sources, local = self._mixture.locate(positions)
-        out = torch.empty(len(sources), self.block_length, dtype=torch.int64)
+        out = np.empty((len(sources), self.block_length), dtype=np.int64)
         for number in np.unique(sources).tolist():
             rows = np.flatnonzero(sources == number)
-            out[torch.from_numpy(rows)] = self.datasets[number].blocks(self._orders[number].samples(local[rows]))
-        return out
+            out[rows] = self.datasets[number].blocks(self._orders[number].samples(local[rows])).numpy()
+        return torch.from_numpy(out)
 
     def epochs(self, position: int) -> list[float]:
         """How often each data set has been read when the run has come to `position`."""
