@@ -53,8 +53,9 @@ class _ChunkedReadout(torch.autograd.Function):
         chunk_rows: int,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        operand = weight.to(hidden.dtype)
         exact = torch.promote_types(hidden.dtype, torch.float32)
+        compute = hidden.dtype if hidden.is_cuda else exact  # only CUDA has bfloat16 products with float32 results
+        operand = weight.to(compute)
         wants = [with_gradient and need for need in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants[1] else None
@@ -65,7 +66,8 @@ class _ChunkedReadout(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):  # types are decided here, not by the caller's region
             for start in range(0, len(hidden), chunk_rows):
                 rows = slice(start, start + chunk_rows)
-                logits = _product(hidden[rows], operand.T)
+                states = hidden[rows].to(compute)
+                logits = _product(states, operand.T)
                 if bias is not None:
                     logits += bias
                 grad = None
@@ -83,11 +85,11 @@ class _ChunkedReadout(torch.autograd.Function):
                     continue
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-                grad = grad.to(hidden.dtype)
+                grad = grad.to(compute)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ operand
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad.T, hidden[rows])
+                    _add_product(grad_weight, grad.T, states)
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -107,9 +109,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32 or better, never rounded to the operands' bfloat16."""
     if left.dtype in (torch.float32, torch.float64):
         return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
