@@ -1,3 +1,4 @@
+import os
 import shlex
 import signal
 import subprocess
@@ -51,7 +52,8 @@ def start_launcher(body: str, num_processes: int, folder: Path) -> subprocess.Po
     """A launcher in a process of its own, as `unmask train` is; returns when all ranks have left the mark "ready"."""
     command = [sys.executable, "-c", HEADER + body, str(folder)]
     program = f"import sys\nfrom launch.local import run_local\nsys.exit(run_local({command!r}, {num_processes}))"
-    launcher = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    environ = os.environ | {"TMPDIR": str(folder)}  # a launcher that is killed cannot clear its folder away
+    launcher = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=environ)
     wait_for(lambda: all((folder / f"ready-{rank}").exists() for rank in range(num_processes)))
     return launcher
 
