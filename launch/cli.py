@@ -113,7 +113,7 @@ def _train(verb: str, argv: Sequence[str]) -> int:
         return _module_main(module, arguments)
     else:
         command = [sys.executable, "-m", module, *arguments]
-        return run_local(command, options.nproc)
+        return run_local(command, options.nproc, log_dir=_run_folder(config_path, overrides) / "logs")
     print("+", shlex.join(command), flush=True)
     return run_local(command, 1, as_ranks=False)
 
@@ -146,6 +146,14 @@ def _run_config(run: Path) -> Path:
     if not path.exists():
         raise ConfigError(f"{run} is not a run folder: it has no config.yaml. Start one with: unmask train CONFIG")
     return path
+
+
+def _run_folder(path: Path, overrides: Sequence[str]) -> Path:
+    """Where the run of this configuration lives, without knowing the room's schema."""
+    tree = configs.read_yaml(path).get("run") or {}
+    given = dict(o.split("=", 1) for o in overrides if o.startswith(("run.dir=", "run.name=")))
+    folder = given.get("run.dir") or tree.get("dir")
+    return Path(folder) if folder else Path("runs") / str(given.get("run.name") or tree.get("name") or "run")
 
 
 def _entry_module(path: Path) -> str:

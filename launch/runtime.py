@@ -21,13 +21,11 @@ from torch import Tensor
 from torch.distributed import FileStore, HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from launch.errors import ClusterError, UserError
+from launch.local import RENDEZVOUS_FILE
 
 T = TypeVar("T")
 
 _REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-RENDEZVOUS_FILE = (
-    "UNMASK_RENDEZVOUS_FILE"  # set by launch/local.py: processes of one machine meet in a file, not a port
-)
 
 
 @dataclass(frozen=True, kw_only=True)
