@@ -6,7 +6,10 @@ entry-point group `unmask.verbs`.
 """
 
 import argparse
+import difflib
 import importlib
+import json
+import os
 import re
 import shlex
 import sys
@@ -24,7 +27,7 @@ _VERBS = {
     "resume": "go on with a run: unmask resume RUN [key=value ...] [--nproc N]",
     "eval": "valid likelihood bounds of a run's model: unmask eval RUN [RUN ...]",
     "sample": "text from a run's model: unmask sample RUN [--prompt TEXT]",
-    "export": "a Hugging Face style folder from a run, or a run from a folder: unmask export RUN --to DIR",
+    "export": "a Hugging Face style folder from a run: unmask export RUN --to DIR",
     "plan": "parameters, FLOPs, memory and steps, without data or devices: unmask plan CONFIG [--gpus N]",
     "doctor": "what this machine has, and what is missing: unmask doctor",
 }
@@ -51,10 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return doctor(rest)
         if verb in room_verbs:
             return room_verbs[verb].load()(rest)
-        raise configs.unknown_key(verb, [*_VERBS, *room_verbs], "unmask")
+        verbs = [*_VERBS, *room_verbs]
+        near = difflib.get_close_matches(verb, verbs, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"there is no verb {verb!r}{hint}; verbs: {', '.join(verbs)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # `unmask data inspect DIR | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
+        return EXIT_OK
 
 
 def _overview(room_verbs: dict[str, metadata.EntryPoint]) -> str:
@@ -81,7 +90,7 @@ def _train(verb: str, argv: Sequence[str]) -> int:
     what = "YAML file of the experiment" if verb == "train" else "run folder"
     parser.add_argument("target", type=Path, metavar="CONFIG" if verb == "train" else "RUN", help=what)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. schedule.lr=1e-3")
-    parser.add_argument("--nproc", type=int, default=1, help="processes on this machine (one a GPU)")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine, one a GPU (1)")
     parser.add_argument(
         "--launcher",
         choices=("local", "torchrun", "accelerate"),
@@ -119,23 +128,38 @@ def _train(verb: str, argv: Sequence[str]) -> int:
 
 
 def _on_run(verb: str, argv: Sequence[str]) -> int:
-    """eval, sample, export: the room of the first run folder named has the module and its own --help."""
-    runs = [a for a in argv if not a.startswith("-") and (Path(a) / "config.yaml").exists()]
-    if not runs:
-        asks_help = "-h" in argv or "--help" in argv
-        positional = next((a for a in argv if not a.startswith("-")), None)
-        if not asks_help:
-            raise ConfigError(f"{positional!r} is not a run folder (it has no config.yaml); {_VERBS[verb]}")
-        return _module_main(f"llm.{_MODULES[verb]}", argv)
-    room = _entry_module(_run_config(Path(runs[0]))).split(".")[0]
+    """eval, sample, export: the room of the first folder named has the module and its own --help."""
+    named = [a for a in argv if not a.startswith("-")]
+    room = next((room for name in named if (room := _room(name)) is not None), None)
+    if room is None:
+        if "-h" in argv or "--help" in argv:
+            room = "llm"
+        elif not named:
+            raise ConfigError(f"unmask {verb} needs a run folder; {_VERBS[verb]}")
+        else:
+            raise ConfigError(
+                f"found no run folder (with a config.yaml) nor exported folder (with a config.json) among "
+                f"{', '.join(map(repr, named))}; {_VERBS[verb]}"
+            )
     return _module_main(f"{room}.{_MODULES[verb]}", argv)
+
+
+def _room(name: str) -> str | None:
+    """The room that a run folder or an exported folder belongs to; None for anything else (a prompt, say)."""
+    run, exported = os.path.join(name, "config.yaml"), os.path.join(name, "config.json")
+    if os.path.exists(run):  # not Path.exists, which raises where a prompt is too long for a file name
+        return _entry_module(Path(run)).split(".")[0]
+    if os.path.exists(exported):
+        described = json.loads(Path(exported).read_text()).get("unmask_config", {})
+        return str(described.get("entry", "llm.train")).split(".")[0]
+    return None
 
 
 def _plan(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unmask plan", description=_VERBS["plan"])
-    parser.add_argument("config", type=Path, help="YAML file of the experiment")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
-    parser.add_argument("--gpus", type=int, default=1, help="number of processes to plan for")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. data.vocab_size=1024")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of processes to plan for (1)")
     options = parser.parse_intermixed_args(argv)
     arguments = [str(options.config), *options.overrides, "--plan", "--world-size", str(options.gpus)]
     return _module_main(_entry_module(options.config), arguments)

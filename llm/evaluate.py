@@ -36,13 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders or exported folders")
     parser.add_argument(
-        "--bounds", nargs="+", choices=BOUNDS, default=["nelbo_token", "nelbo_subtoken", "loss_ce_joint"]
+        "--bounds",
+        nargs="+",
+        choices=BOUNDS,
+        default=["nelbo_token", "nelbo_subtoken", "loss_ce_joint"],
+        metavar="NAME",
+        help=f"of {', '.join(BOUNDS)} (all but nll_chain, a forward per token); ar models have nll_ar alone",
     )
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--data", type=Path, help="another data set of the same tokenizer (those of the run)")
-    parser.add_argument("--draws", type=int, help="Monte-Carlo draws per block and bound")
-    parser.add_argument("--sequences", type=int, help="blocks, spread over the split (all)")
-    parser.add_argument("--batch", type=int, help="blocks per forward")
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="which held-out documents (validation)"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="another data set of the same tokenizer (the first of the run)"
+    )
+    parser.add_argument("--draws", type=int, metavar="N", help="Monte-Carlo draws per block and bound (of the run: 1)")
+    parser.add_argument("--sequences", type=int, metavar="N", help="blocks, spread evenly over the split (all)")
+    parser.add_argument("--batch", type=int, metavar="N", help="blocks per forward (of the run: 32)")
     options = parser.parse_args(argv)
     runtime = runtimes.start()
     rows = [row for run in options.runs for row in evaluate_run(run, options, runtime)]

@@ -23,20 +23,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             "unmask sample runs/tiny-primev2 --prompt 'Call me' --suffix 'the sea.' --length 48"
         ),
     )
-    parser.add_argument("run", type=Path, help="run folder, or a folder written by `unmask export`")
-    parser.add_argument("--prompt", default="", help="text at the beginning")
-    parser.add_argument("--suffix", default="", help="text at the end (masked families)")
-    parser.add_argument("--count", type=int, help="sequences")
-    parser.add_argument("--length", type=int, help="tokens of a sequence, prompt and suffix included")
-    parser.add_argument("--seed", type=int, help="of the noise")
-    parser.add_argument("--steps", type=int, help="sampling steps")
-    parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
-    parser.add_argument("--top-p", type=float, help="nucleus")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a folder written by `unmask export`")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="text at the beginning")
+    parser.add_argument("--suffix", default="", metavar="TEXT", help="text at the end (masked families)")
+    parser.add_argument("--count", type=int, metavar="N", help="sequences (of the run: 4)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence, prompt and suffix included")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the noise: the same seed gives the same text")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (of the run: 128; masked families)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the most likely token (1)")
     parser.add_argument(
-        "--order", choices=("ancestral", "random", "left_to_right", "confidence"), help="who comes first"
+        "--top-p", type=float, metavar="P", help="nucleus: draw from the likeliest tokens of this mass (1)"
     )
-    parser.add_argument("--group", choices=("digit", "token", "schedule"), help="what is revealed at once")
-    parser.add_argument("--cfg-scale", type=float, help="guidance towards the prompt")
+    parser.add_argument(
+        "--order",
+        choices=("ancestral", "random", "left_to_right", "confidence"),
+        help="what is revealed first: at random times, or a fixed number a step in this order (ancestral)",
+    )
+    parser.add_argument(
+        "--group",
+        choices=("digit", "token", "schedule"),
+        help="what is revealed at once: digits, whole tokens, or first tokens and then digits (digit)",
+    )
+    parser.add_argument("--cfg-scale", type=float, metavar="W", help="guidance towards the prompt, 0 for none (0)")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_pretrained(options.run, device)
