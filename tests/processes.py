@@ -27,9 +27,11 @@ from typing import Any
 # A fork server imports torch once and forks every rank from a process without threads: ranks start in milliseconds,
 # which plain spawn (seconds of imports a rank) and plain fork (a child inherits locked mutexes) do not give together.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(  # what the first optimizer, DTensor or FSDP module of a rank imports: 1.3 CPU-seconds
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.profiler", "safetensors.torch"]
+PRELOADED = (  # what the first optimizer, DTensor or FSDP module of a rank imports: 1.3 CPU-seconds
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.profiler"),
+    "safetensors.torch",
 )
+_CONTEXT.set_forkserver_preload(list(PRELOADED))
 _SETTLE_S = 0.3  # after the first failure, so that the cause is found among the ranks that merely lost their peer
 _STACKS_S = 5.0  # a rank that hangs writes its own stacks at `timeout`; the parent waits this much longer for them
 

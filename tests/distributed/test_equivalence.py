@@ -1,0 +1,55 @@
+"""The number of processes, the strategy and the micro-batch decide how a run is computed, never what."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Tiny, curve, scalars, train
+
+CASES = [  # (strategy, processes, micro-batch of the 8 sequences of a step)
+    ("ddp", 1, 8),
+    ("ddp", 2, 4),
+    ("ddp", 2, 1),
+    ("ddp", 4, 2),
+    ("ddp", 4, 1),
+    ("fsdp2", 1, 4),
+    ("fsdp2", 2, 4),
+    ("fsdp2", 2, 2),
+    ("fsdp2", 4, 2),
+    ("fsdp2", 4, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Tiny, shared: Path) -> dict[str, Path]:
+    """One process, two sequences at a time."""
+    return {family: train(getattr(tiny, family), 1, shared / f"one-{family}") for family in ("prime", "ar")}
+
+
+@pytest.mark.parametrize("family", ["prime", "ar"])
+@pytest.mark.parametrize(("strategy", "world", "micro_batch"), CASES)
+def test_every_strategy_world_size_and_micro_batch_gives_the_same_curve(
+    tiny: Tiny,
+    reference: dict[str, Path],
+    tmp_path: Path,
+    family: str,
+    strategy: str,
+    world: int,
+    micro_batch: int,
+) -> None:
+    run = train(
+        getattr(tiny, family), world, tmp_path, f"engine.strategy={strategy}", f"train.micro_batch={micro_batch}"
+    )
+    names = ("loss", "grad_norm", *(("nelbo_subtoken", "nelbo_token") if family == "prime" else ("nll_ar",)))
+    for name in names:
+        assert curve(run, name) == pytest.approx(curve(reference[family], name), rel=1e-5)
+    assert len(curve(run)) == 6
+    assert scalars(run, 6)["progress"]["tokens"] == 6 * 8 * 16
+
+
+def test_the_mixture_masks_whole_tokens_in_some_sequences_and_single_digits_in_others(
+    reference: dict[str, Path],
+) -> None:
+    """Both kinds are counted, so the curves above compare both."""
+    for name in ("nelbo_subtoken", "nelbo_token"):
+        assert all(value > 0 for value in curve(reference["prime"], name).values())

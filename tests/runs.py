@@ -1,0 +1,240 @@
+"""Training runs of a minuscule experiment with real processes, and what they leave behind.
+
+    ranks = Ranks(tiny.prime, 2, run_dir, "train.steps=6")      # ranks start in milliseconds: see tests/processes.py
+    assert ranks.wait().codes == [0, 0]
+
+The ranks run `launch.entry.main`, as `python -m llm.train` does; a dead rank ends the others as our launcher would. For
+the launchers themselves there is `command`, which starts a fresh Python and takes seconds.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch import entry, faults
+from launch.checkpoint import stream
+from launch.metrics import read_metrics
+from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
+from llm.config import LanguageConfig
+from llm.data.shards import DatasetWriter, Source
+from llm.data.tokenizers import train_bpe
+from llm.task import LanguageTask
+from tests import processes
+
+ROOT = Path(__file__).parents[1]
+VOCAB_SIZE = 300
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([*processes.PRELOADED, "launch.entry", "llm.task"])
+_GRACE_S = 5.0  # what the others have when a rank has died, before they are killed
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+
+_BASE = """
+entry: llm.train
+model: {{kind: llama, layers: 2, heads: 2, width: 16, ffn: 32, qk_norm: true}}
+data: {{sources: [{{path: {data}}}], block_length: 16}}
+train: {{steps: 6, global_batch: 8, micro_batch: 2, log_every: 1}}
+schedule: {{kind: constant, lr: 1.0e-2, warmup_steps: 0}}
+evaluation: {{sequences: 6, batch: 4}}
+sampling: {{count: 1, length: 8, sampler: {{steps: 4}}}}
+metrics: {{tensorboard: false}}
+engine: {{timeout: 60}}
+"""
+_FAMILIES = {
+    "ar": "diffusion: {family: ar, objective: ar}",
+    "mdm": "diffusion: {family: mdm, objective: mdm}",
+    "prime": "diffusion: {family: prime, granularity: 3, shuffle: true, objective: nelbo_subtoken+nelbo_token, "
+    "p_group: 0.5}",
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A data set, and one configuration file for each family that trains on it in milliseconds a step."""
+
+    data: Path
+    ar: Path
+    mdm: Path
+    prime: Path
+
+
+def write_tiny(folder: Path) -> Tiny:
+    """The text is that of this repository's design: real sentences, cut at a size that a test can read."""
+    texts = [
+        paragraph
+        for file in sorted(ROOT.glob("l*/**/*.py"))
+        for paragraph in file.read_text(encoding="utf-8").split("\n\n")
+        if paragraph.strip()
+    ][:400]
+    tokenizer = train_bpe(texts, VOCAB_SIZE)
+    with DatasetWriter(folder / "data", tokenizer, shard_tokens=10**6) as writer:
+        writer.add("train", "code", texts[40:])
+        writer.add("validation", "code", texts[:20])
+        writer.add("test", "code", texts[20:40])
+        writer.publish([Source(name="code")])
+    (folder / "base.yaml").write_text(_BASE.format(data=folder / "data"))
+    for family, diffusion in _FAMILIES.items():
+        (folder / f"{family}.yaml").write_text(f"base: base.yaml\n{diffusion}\n")
+    return Tiny(folder / "data", *(folder / f"{family}.yaml" for family in _FAMILIES))
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    codes: list[int]  # of each rank, negative for a signal
+    output: str  # of all ranks, one after the other
+
+
+class Ranks:
+    """`world` processes of one training run. `task` is importable; `fault` is an UNMASK_FAULT."""
+
+    def __init__(
+        self,
+        config: Path,
+        world: int,
+        run: Path,
+        *overrides: str,
+        task: Callable[..., Any] = LanguageTask,
+        fault: str | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="unmask-ranks-")
+        argv = [str(config), f"run.dir={run}", *overrides]
+        payload = pickle.dumps((argv, task, fault, {**os.environ, **(environment or {})}))
+        self._processes = [
+            _CONTEXT.Process(target=_rank_main, args=(payload, rank, world, self._folder.name)) for rank in range(world)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def send(self, number: int, ranks: Sequence[int] | None = None) -> None:
+        """A signal to these ranks (all of them) that are still there."""
+        for rank, process in enumerate(self._processes):
+            if ranks is None or rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid or 0, number)
+
+    @property
+    def running(self) -> bool:
+        return any(process.exitcode is None for process in self._processes)
+
+    def wait(self, timeout: float = 120.0) -> Ended:
+        deadline = time.monotonic() + timeout
+        killed, failed_at = False, None
+        while self.running:
+            failed = any(p.exitcode not in (None, EXIT_OK, EXIT_STOPPED, EXIT_DIVERGED) for p in self._processes)
+            failed_at = failed_at or (time.monotonic() if failed else None)
+            if not killed and (time.monotonic() > deadline or (failed_at and time.monotonic() > failed_at + _GRACE_S)):
+                killed = True
+                self.send(signal.SIGKILL)
+            time.sleep(0.02)
+        codes = [process.exitcode for process in self._processes]
+        output = "".join(path.read_text() for path in sorted(Path(self._folder.name).glob("output-*")))
+        for process in self._processes:
+            process.close()
+        self._folder.cleanup()
+        assert failed_at or not killed, f"not finished after {timeout:g} s:\n{output}"
+        return Ended([code for code in codes if code is not None], output)
+
+
+def train(config: Path, world: int, run: Path, *overrides: str, **options: Any) -> Path:
+    """A run that must reach its last step; its folder."""
+    ended = Ranks(config, world, run, *overrides, **options).wait()
+    assert ended.codes == [EXIT_OK] * world, ended.output
+    return run
+
+
+def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
+    output = os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    argv, task, fault, environment = pickle.loads(payload)
+    os.environ.clear()  # the fork server keeps the environment of its own start
+    os.environ.update(environment)
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), UNMASK_RENDEZVOUS_FILE=f"{folder}/rendezvous"
+        )
+    if fault is not None:
+        os.environ["UNMASK_FAULT"] = fault
+        importlib.reload(faults)  # reads its variable when it is imported
+        importlib.reload(sys.modules["launch.checkpoint.commit"])
+    torch.set_num_threads(1)
+    entry.write_report = lambda folder, sections: folder  # its pictures take longer than the run
+    sys.exit(entry.main(LanguageConfig, task, argv))
+
+
+def command(*arguments: str, environment: dict[str, str] | None = None, timeout: float = 240) -> Ended:
+    """A command of this environment's Python (`unmask`, `torchrun`, ...), from the repository's root."""
+    process = start(*arguments, environment=environment)
+    output, _ = process.communicate(timeout=timeout)
+    return Ended([process.returncode], output)
+
+
+def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    program = Path(sys.executable).with_name(arguments[0])
+    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"} | (environment or {})
+    return subprocess.Popen(
+        [str(program), *arguments[1:]],
+        cwd=ROOT,
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def curve(run: Path, name: str = "loss") -> dict[int, float]:
+    """Step -> value of the training rows; a step that is there twice is an error."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "grad_norm" in row]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)), f"{run}: steps {steps}"
+    return {row["step"]: row[name] for row in rows}
+
+
+def steps_saved(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_????????"))
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def state(run: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole: weights, both moments, average."""
+    return dict(stream(checkpoint(run, step), ""))
+
+
+def scalars(run: Path, step: int) -> dict[str, Any]:
+    return json.loads((checkpoint(run, step) / "trainer.json").read_text())
+
+
+def assert_equal_states(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: float = 0.0) -> None:
+    """Bit for bit, or within `atol`."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if atol == 0.0:
+            assert torch.equal(found[name], tensor), name
+        else:
+            torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
