@@ -167,6 +167,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     colours = {"nll_ar": "tab:blue", "nelbo_token": "tab:orange", "nelbo_subtoken": "tab:green"}
@@ -178,7 +179,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
             place = i + (j - (len(valid) - 1) / 2) * 0.36
             bars.bar(place, found[name], 0.34, yerr=2 * found[f"{name}_se"], color=colours[name], capsize=3)
     unigram = bars.axhline(rows[0]["unigram"], color="grey", linestyle="--")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
+    handles = [Patch(color=colour) for colour in colours.values()]
     bars.legend([*handles, unigram], [*labels.values(), "unigram entropy"], loc="lower right", fontsize=8)
     bars.set_xticks(range(len(rows)), [row["title"].replace(", ", "\n") for row in rows])
     bars.set_ylabel("nats per token, validation")

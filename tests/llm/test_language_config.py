@@ -1,0 +1,71 @@
+"""Every shipped experiment loads under the full schema, and the keys of diffusion mean what they say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import config as configs
+from launch import entry
+from launch.errors import ConfigError
+from llm.config import DiffusionConfig, LanguageConfig
+from llm.task import LanguageTask
+
+ROOT = Path(__file__).parents[2]
+PRESETS = sorted(p for p in (ROOT / "configs/llm/paper").rglob("*.yaml") if not p.name.startswith("recipe"))
+TINY = sorted(p for p in (ROOT / "configs/llm/tiny").glob("*.yaml") if p.name != "base.yaml")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_a_paper_preset_is_planned_without_data_on_eight_processes(path):
+    config, _ = configs.load(LanguageConfig, path)
+    text = entry.plan(config, LanguageTask, world_size=8, open_data=False)
+    assert config.run.name == path.stem and "FLOPs" in text
+    assert f"{config.train.steps:,} steps" in text
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda p: p.stem)
+def test_the_tiny_experiments_differ_in_model_input_and_objective_only(path):
+    config, _ = configs.load(LanguageConfig, path)
+    reference, _ = configs.load(LanguageConfig, TINY[0])
+    changed = configs.difference(configs.to_dict(reference), configs.to_dict(config))
+    assert all(key.startswith(("diffusion.", "run.", "engine.")) for key in changed)
+
+
+def test_an_objective_is_a_sum_of_factors_and_terms():
+    config = DiffusionConfig(granularity=2, objective="0.25*ce_joint + nelbo_token+2*ce_joint", p_group=0.5)
+    assert config.terms == {"ce_joint": 2.25, "nelbo_token": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"granularity": 4, "objective": "nelbo"}, "nelbo_token"),
+        ({"granularity": 4, "objective": "x*ce_joint"}, "not a number"),
+        ({"family": "ar", "objective": "ce_joint"}, "does not train"),
+        ({"family": "prime", "granularity": 1}, "granularity"),
+        ({"family": "mdm", "granularity": 4}, "granularity"),
+        ({"family": "prime", "granularity": 4, "p_group": 1.5}, "p_group"),
+        ({"family": "prime", "granularity": 4, "t_min": 0.0}, "t_min"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(values, words):
+    with pytest.raises(ConfigError, match=words):
+        DiffusionConfig(**values).check("diffusion")
+
+
+def test_an_objective_whose_masks_are_never_drawn_is_refused():
+    config = DiffusionConfig(granularity=4, objective="nelbo_token")
+    with pytest.raises(ConfigError, match="p_group"):
+        config.objective_for(config.codec(256))
+
+
+def test_a_granularity_that_the_vocabulary_cannot_fill_is_refused_with_the_largest_that_fits():
+    with pytest.raises(ConfigError, match=r"granularity = 12 .*at most 10"):
+        DiffusionConfig(granularity=12).codec(1000)
+
+
+def test_a_plan_without_data_needs_the_vocabulary_size():
+    config, _ = configs.load(LanguageConfig, TINY[0])
+    with pytest.raises(ConfigError, match=r"data\.vocab_size"):
+        LanguageTask(config, torch.device("cpu"), open_data=False)
