@@ -116,7 +116,7 @@ def run(config: Experiment, make_task: MakeTask) -> int:
         trainer = Trainer(config, task, engine, runtime, store, metrics, watchdog, stop)
         if latest is not None:
             trainer.restore(latest)
-            metrics.rewind(trainer.progress.step)
+        metrics.rewind(trainer.progress.step)  # also to 0: an earlier start may have died before its first checkpoint
         if runtime.is_main:
             rows = _facts(config, task, runtime.world_size) | {
                 "engine": engine.describe(),
@@ -210,7 +210,9 @@ def _check_same_experiment(config: Experiment, folder: Path) -> None:
 
 def _write_run_folder(config: Experiment, folder: Path, world_size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configs.dump(config))
+    partial = folder / "config.yaml.tmp"
+    partial.write_text(configs.dump(config))
+    partial.replace(folder / "config.yaml")  # a kill here must not leave a run that cannot be resumed
     defaults_differ = {
         key: new for key, (_, new) in configs.difference(_defaults(type(config)), configs.to_dict(config)).items()
     }

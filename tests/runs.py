@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from launch import entry, faults
 from launch.checkpoint import stream
@@ -91,6 +92,44 @@ def write_tiny(folder: Path) -> Tiny:
     for family, diffusion in _FAMILIES.items():
         (folder / f"{family}.yaml").write_text(f"base: base.yaml\n{diffusion}\n")
     return Tiny(folder / "data", *(folder / f"{family}.yaml" for family in _FAMILIES))
+
+
+# --- accidents -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accident:
+    """Makes a `LanguageTask` to which, on one rank and at some samples of the global order, something happens."""
+
+    kind: Literal["sigterm", "hang", "nan"]  # a signal to the own process; sleep for ever; a loss that is not a number
+    rank: int
+    at: range  # global positions; step s of a run without a rollback reads 8 s to 8 s + 7
+
+    def __call__(self, config: LanguageConfig, device: torch.device, open_data: bool = True) -> LanguageTask:
+        task = LanguageTask(config, device, open_data)
+        if int(os.environ.get("RANK", "0")) != self.rank:
+            return task
+        read, loss_of = task.batch, task.loss
+        struck_step = -1
+
+        def batch(positions: np.ndarray, step: int) -> Any:
+            nonlocal struck_step
+            if any(int(position) in self.at for position in positions):
+                struck_step = step
+                if self.kind == "sigterm":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if self.kind == "hang":
+                    time.sleep(3600)
+            elif step != struck_step:
+                struck_step = -1
+            return read(positions, step)
+
+        def loss(model: nn.Module, made: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            loss_sum, figures = loss_of(model, made)
+            return (loss_sum * float("nan") if self.kind == "nan" and struck_step >= 0 else loss_sum), figures
+
+        task.batch, task.loss = batch, loss
+        return task
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
