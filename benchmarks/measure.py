@@ -19,7 +19,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launch.local import rank_environment
+
+torch.set_num_threads(1)  # in every process of every side: threads that wait for each other measure the other programs
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
