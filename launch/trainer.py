@@ -69,10 +69,13 @@ class Trainer:
         """Collective. Train to the last step, or to a stop; returns the exit code."""
         steps = self.config.train.steps
         while self.progress.step < steps:
+            before = self.progress.step
             code = self._step()
             if code is not None:
                 return code
             step = self.progress.step
+            if step <= before:  # rolled back: what is due at this step was done when the run first came here
+                continue
             if step % self.config.train.log_every == 0 or step == steps:
                 self._log()
             if _due(step, self.config.train.evaluate_every) and step < steps:
@@ -170,7 +173,10 @@ class Trainer:
             "seed": self.config.run.seed,
         }
         with self._aside("checkpoint"):
-            self._report_saves(self.store.save(self.progress.step, self.engine.state(), scalars, block=block))
+            outcomes = self.store.save(self.progress.step, self.engine.state(), scalars, block=block)
+            self._report_saves(outcomes)
+        if block and outcomes and isinstance(outcomes[-1], SaveFailure):
+            raise outcomes[-1]  # the run ends here, and must not end as if its work were safe
         self._last_save = time.monotonic()
 
     def restore(self, step: int) -> None:
@@ -200,8 +206,6 @@ class Trainer:
                 )
                 continue
             self._save_failures += 1
-            if self.runtime.is_main:
-                logger.error("%s", outcome)
             if self._save_failures >= self.config.checkpoint.max_failures:
                 raise CheckpointError(
                     f"{outcome}. This was failure {self._save_failures} in a row (checkpoint.max_failures = "

@@ -8,15 +8,16 @@ the launchers themselves there is `command`, which starts a fresh Python and tak
 """
 
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,15 +100,16 @@ def write_tiny(folder: Path) -> Tiny:
 
 @dataclass(frozen=True, kw_only=True)
 class Accident:
-    """Makes a `LanguageTask` to which, on one rank and at some samples of the global order, something happens."""
+    """Makes a `LanguageTask` to which, on some ranks and at some samples of the global order, something happens."""
 
-    kind: Literal["sigterm", "hang", "nan"]  # a signal to the own process; sleep for ever; a loss that is not a number
-    rank: int
+    kind: Literal["sigterm", "kill", "hang", "nan"]  # signals to the own process; endless sleep; not a number as loss
+    ranks: tuple[int, ...]
     at: range  # global positions; step s of a run without a rollback reads 8 s to 8 s + 7
+    delay: float = 0.0  # kill: seconds later, whatever the process does then
 
     def __call__(self, config: LanguageConfig, device: torch.device, open_data: bool = True) -> LanguageTask:
         task = LanguageTask(config, device, open_data)
-        if int(os.environ.get("RANK", "0")) != self.rank:
+        if int(os.environ.get("RANK", "0")) not in self.ranks:
             return task
         read, loss_of = task.batch, task.loss
         struck_step = -1
@@ -118,6 +120,8 @@ class Accident:
                 struck_step = step
                 if self.kind == "sigterm":
                     os.kill(os.getpid(), signal.SIGTERM)
+                if self.kind == "kill":
+                    threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
                 if self.kind == "hang":
                     time.sleep(3600)
             elif step != struck_step:
@@ -142,7 +146,10 @@ class Ended:
 
 
 class Ranks:
-    """`world` processes of one training run. `task` is importable; `fault` is an UNMASK_FAULT."""
+    """`world` processes of one training run.
+
+    `task` is importable, `fault` an UNMASK_FAULT, and no file may grow beyond `largest_file` bytes.
+    """
 
     def __init__(
         self,
@@ -152,11 +159,11 @@ class Ranks:
         *overrides: str,
         task: Callable[..., Any] = LanguageTask,
         fault: str | None = None,
-        environment: dict[str, str] | None = None,
+        largest_file: int | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="unmask-ranks-")
         argv = [str(config), f"run.dir={run}", *overrides]
-        payload = pickle.dumps((argv, task, fault, {**os.environ, **(environment or {})}))
+        payload = pickle.dumps((argv, task, fault, largest_file, dict(os.environ)))
         self._processes = [
             _CONTEXT.Process(target=_rank_main, args=(payload, rank, world, self._folder.name)) for rank in range(world)
         ]
@@ -204,7 +211,7 @@ def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
     output = os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    argv, task, fault, environment = pickle.loads(payload)
+    argv, task, fault, largest_file, environment = pickle.loads(payload)
     os.environ.clear()  # the fork server keeps the environment of its own start
     os.environ.update(environment)
     if world > 1:
@@ -212,9 +219,10 @@ def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), UNMASK_RENDEZVOUS_FILE=f"{folder}/rendezvous"
         )
     if fault is not None:
-        os.environ["UNMASK_FAULT"] = fault
-        importlib.reload(faults)  # reads its variable when it is imported
-        importlib.reload(sys.modules["launch.checkpoint.commit"])
+        faults._PLAN = faults._plan(fault, str(rank))  # it reads UNMASK_FAULT when it is imported, which has been done
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit is an OSError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
     entry.write_report = lambda folder, sections: folder  # its pictures take longer than the run
     sys.exit(entry.main(LanguageConfig, task, argv))

@@ -112,7 +112,7 @@ class Saver:
                 sweep(self.folder)
         if self.rank == 0:
             if isinstance(outcome, SaveResult):
-                logger.info("saved %s", outcome)
+                logger.info("saved step %d: %s in %.1f s", outcome.step, size(outcome.bytes), outcome.write_seconds)
             else:
                 logger.error("%s", outcome)
         return outcome

@@ -25,7 +25,7 @@ def train(tiny: Tiny, run: Path, world: int, strategy: str) -> Path:
 
 def train_until(tiny: Tiny, run: Path, world: int, strategy: str, step: int, *, signalled: int = 0) -> None:
     """SIGTERM comes to one rank while it reads the batch of `step`."""
-    accident = Accident(kind="sigterm", rank=signalled, at=range(8 * step, 8 * step + 8))
+    accident = Accident(kind="sigterm", ranks=(signalled,), at=range(8 * step, 8 * step + 8))
     ended = Ranks(tiny.prime, world, run, *OPTIONS, f"engine.strategy={strategy}", task=accident).wait()
     assert ended.codes == [EXIT_STOPPED] * world, ended.output
     assert f"SIGTERM: stopped at step {step} with a checkpoint" in ended.output or signalled != 0
