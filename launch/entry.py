@@ -30,7 +30,7 @@ from launch.engine import build_engine
 from launch.errors import ConfigError, UserError
 from launch.experiment import Experiment, Task
 from launch.local import check_accelerate_environment
-from launch.metrics import MetricsWriter
+from launch.metrics import MetricsWriter, read_metrics
 from launch.report import write_report
 from launch.stop import EXIT_OK, EXIT_USER_ERROR, StopFlag
 from launch.trainer import Trainer
@@ -123,7 +123,8 @@ def run(config: Experiment, make_task: MakeTask) -> int:
                 "starts at": "step 0" if latest is None else f"step {trainer.progress.step}, from its checkpoint",
             }
             print(table(rows), flush=True)
-        if latest is not None and trainer.progress.step >= config.train.steps:
+        # A run that was killed between its last step and its last evaluation is not finished: `fit` does the rest.
+        if trainer.progress.step >= config.train.steps and runtime.decide(lambda: _was_judged(folder, latest)):
             if runtime.is_main:
                 print(f"{folder} is finished: step {latest} of {config.train.steps}. Raise train.steps to go on.")
             code = EXIT_OK
@@ -135,6 +136,12 @@ def run(config: Experiment, make_task: MakeTask) -> int:
     runtime.barrier()
     runtime.close()
     return code
+
+
+def _was_judged(folder: Path, step: int | None) -> bool:
+    """Whether the evaluation at the end of a run has been recorded."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return any(row["step"] == step and any(name.startswith("val/") for name in row) for row in rows)
 
 
 def table(rows: Mapping[str, Any]) -> str:
