@@ -13,8 +13,20 @@ help:
 
 # Set-up: one environment, versions from constraints.txt. The exact torch version keeps CUDA builds off machines
 # without a GPU; on a GPU machine see docs/install.md.
+define REFUSE_CUDA_WITHOUT_GPU
+import json, os, shutil, sys
+needs = [need for found in json.load(sys.stdin)["install"] for need in found["metadata"].get("requires_dist", [])]
+cuda = [need for need in needs if need.startswith(("nvidia", "cuda")) and "extra ==" not in need]
+if cuda and not shutil.which("nvidia-smi") and "UNMASK_ALLOW_CUDA" not in os.environ:
+    sys.exit("error: this machine has no GPU and pip would fetch a CUDA build of torch (gigabytes); point pip at a CPU "
+             "build as docs/install.md says, or set UNMASK_ALLOW_CUDA=1")
+endef
+export REFUSE_CUDA_WITHOUT_GPU
+
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --dry-run --no-deps --report - -c constraints.txt torch \
+	  2>/dev/null | $(BIN)/python -c "$$REFUSE_CUDA_WITHOUT_GPU"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
