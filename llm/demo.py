@@ -27,7 +27,7 @@ from llm.diffusion.reveal import predicted_idle_ratio
 from llm.generate import generate, write_samples
 from llm.pretrained import load_pretrained, read_config
 
-DATA = Path("data/prose-21-bpe512")
+DATA = Path("data/prose-21-bpe288")
 NAMES = ("arm", "mdm", "prime", "primev2")
 TITLES = {"arm": "ARM", "mdm": "MDM", "prime": "Prime, l = 4", "primev2": "Prime-v2, binary, shuffled"}
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     begin = time.monotonic()
     if not DATA.exists():
-        _unmask("data", "prepare", "prose-21", "--out", str(DATA), "--tokenizer", "bpe:512")
+        _unmask("data", "prepare", "prose-21", "--out", str(DATA), "--tokenizer", "bpe:288")
     for name in NAMES:
         _train(name, options.runs / name, options.nproc, options.overrides, kill=name == "primev2")
     runs = [str(options.runs / name) for name in NAMES]
