@@ -34,7 +34,7 @@ class DDP:
         if runtime.world_size > 1:
             devices = [runtime.device.index] if runtime.device.type == "cuda" else None
             self.module = DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
+                model, device_ids=devices, gradient_as_bucket_view=True, init_sync=False
             )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
