@@ -27,6 +27,7 @@ from launch import runtime as runtimes
 from launch.checkpoint import CheckpointStore
 from launch.data import accumulation_steps
 from launch.engine import build_engine
+from launch.engine.base import load_weights
 from launch.errors import ConfigError, UserError
 from launch.experiment import Experiment, Task
 from launch.local import check_accelerate_environment
@@ -106,8 +107,9 @@ def run(config: Experiment, make_task: MakeTask) -> int:
         asynchronous=config.checkpoint.asynchronous,
     )
     latest = store.latest_valid()
+    if latest is None:
+        runtime.together(lambda: load_weights(engine.state(), weights) if (weights := task.initial_weights()) else None)
     store.preflight(engine.state())
-    runtime.decide(lambda: _write_run_folder(config, folder, runtime.world_size))
     metrics = MetricsWriter(folder, config.metrics, total_steps=config.train.steps, enabled=runtime.is_main)
     with (
         StopFlag(grace_seconds=config.watch.stop_grace) as stop,
@@ -116,6 +118,8 @@ def run(config: Experiment, make_task: MakeTask) -> int:
         trainer = Trainer(config, task, engine, runtime, store, metrics, watchdog, stop)
         if latest is not None:
             trainer.restore(latest)
+        # Only now: a resume that is refused must leave the configuration that its checkpoints belong to.
+        runtime.decide(lambda: _write_run_folder(config, folder, runtime.world_size))
         metrics.rewind(trainer.progress.step)  # also to 0: an earlier start may have died before its first checkpoint
         if runtime.is_main:
             rows = _facts(config, task, runtime.world_size) | {
@@ -207,7 +211,8 @@ def _check_same_experiment(config: Experiment, folder: Path) -> None:
     changed = configs.difference(yaml.safe_load(path.read_text()), configs.to_dict(config))
     free = (*_MAY_CHANGE, *getattr(config, "may_change", ()))
     for key, (old, new) in changed.items():
-        if not key.startswith(free):
+        is_switched = key == "engine.ema_decay" and None in (old, new)  # the checkpoint has an average, or has none
+        if is_switched or not key.startswith(free):
             raise ConfigError(
                 f"{folder} was started with {key} = {old!r}, this command says {new!r}; go on with "
                 f"`unmask resume {folder}`, or start a new run with run.dir=ANOTHER_FOLDER"

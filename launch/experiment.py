@@ -4,7 +4,7 @@ A room's configuration is a dataclass that inherits `Experiment` and adds its ow
 three lines that hand this dataclass and its task to `launch.entry.main`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -88,6 +88,10 @@ class Task(Protocol):
 
     def build_model(self) -> TrainableModel:
         """The model, on the current device (possibly meta), uninitialised."""
+        ...
+
+    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        """Parameter name and full tensor of weights to start from, the same on every rank; None for random ones."""
         ...
 
     def batch(self, positions: np.ndarray, step: int) -> Any:

@@ -21,9 +21,11 @@ from launch import config as configs
 from launch.checkpoint import layout, publish, read_safetensors, stream, write_safetensors
 from launch.errors import CheckpointError, ConfigError
 from llm import backbones
+from llm.backbones import ModelConfig
 from llm.config import LanguageConfig
 from llm.data import tokenizers
 from llm.data.tokenizers import TextTokenizer
+from llm.diffusion.codec import Codec
 from llm.generate import Language
 
 logger = logging.getLogger(__name__)
@@ -156,6 +158,32 @@ def check_codec(saved: Mapping[str, Any], mine: Mapping[str, Any], where: Path) 
     if saved["sha256"] != mine["sha256"]:
         differing = ", ".join(f"{k} {saved.get(k)} (here {mine.get(k)})" for k in mine if saved.get(k) != mine.get(k))
         raise CheckpointError(f"{where} was made with another codec: {differing}; use the config.yaml of that run")
+
+
+def initial_weights(
+    path: Path, model: ModelConfig, codec: Codec, tokenizer: TextTokenizer
+) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, full float32 tensor) of an exported folder, for a new run to start from.
+
+    Refuses weights that would fit by their shapes and yet mean something else: other tokens, digits or attention.
+    """
+    if not (path / "config.json").exists():
+        raise ConfigError(
+            f"initial_weights = {path} is not an exported folder (it has no config.json); write one with: unmask "
+            f"export RUN --to {path}"
+        )
+    saved = configs.to_dict(read_config(path).model)
+    changed = configs.difference(saved, configs.to_dict(model))
+    for key, (old, new) in changed.items():
+        if key not in ("dropout", "init"):
+            raise ConfigError(f"initial_weights = {path} have model.{key} = {old!r}, this run {new!r}; make them equal")
+    if tokenizers.load(path).sha256 != tokenizer.sha256:
+        raise CheckpointError(
+            f"initial_weights = {path} were trained with another tokenizer than the data; prepare the data with "
+            f"--tokenizer {path}"
+        )
+    check_codec(json.loads((path / "config.json").read_text())["codec"], codec.describe(), path)
+    return _exported_weights(path)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Everything random about a batch is a function of (seed, step, row of the global 
 processes nor a restart changes it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from llm.diffusion import masking
 from llm.diffusion.objective import Loss, MaskedBatch, Readout, ar_inputs, ar_readout, masked_readout
 from llm.generate import Language, generate, write_samples
 from llm.heldout import evaluate_bounds, heldout_blocks
+from llm.pretrained import initial_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,12 @@ class LanguageTask:
             num_classes=self.codec.vocab_size,
             causal=self.config.diffusion.family == "ar",
         )
+
+    def initial_weights(self) -> Iterator[tuple[str, Tensor]] | None:
+        if self.config.initial_weights is None:
+            return None
+        assert self.stream is not None
+        return initial_weights(Path(self.config.initial_weights), self.config.model, self.codec, self.stream.tokenizer)
 
     # --- a training step ---------------------------------------------------------------------------------------------
 

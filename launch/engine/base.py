@@ -5,7 +5,7 @@ count, and the engine adds gradients over ranks without averaging. Initial weigh
 stream keyed by its name, so they do not depend on how, or whether, the model is sharded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from launch.config import Seconds
-from launch.errors import ConfigError
+from launch.errors import CheckpointError, ConfigError
 from launch.random import generator, stream_key
 
 
@@ -210,12 +210,43 @@ def initialise(model: nn.Module, rules: TrainableModel, seed: int) -> None:
     for name, p in model.named_parameters():
         full = torch.empty(p.shape, dtype=torch.float32)
         rules.init_parameter(name, full, generator(stream_key(seed, "init", name)))
-        if isinstance(p, DTensor):
-            # src_data_rank=None: cut the local copy, which is equal on every rank, instead of scattering rank 0's
-            shard = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
-            _local(p).copy_(shard.to_local())
-        else:
-            p.copy_(full)
+        _fill(p, full)
+
+
+@torch.no_grad()
+def load_weights(state: Mapping[str, Tensor], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy full tensors, by parameter name and equal on every rank, into an engine's live weights and their average.
+
+    `CheckpointError` unless names and shapes match one to one.
+    """
+    missing = {name.removeprefix("model.") for name in state if name.startswith("model.")}
+    for name, full in weights:
+        mine = state.get(f"model.{name}")
+        if mine is None or mine.shape != full.shape:
+            has = f"{name} of shape {tuple(mine.shape)}" if mine is not None else f"no {name}"
+            raise CheckpointError(
+                f"the initial weights hold {name} of shape {tuple(full.shape)}, the model has {has}; use the model and "
+                "diffusion sections of the run that made them"
+            )
+        for tensor in (mine, state.get(f"ema.{name}")):
+            if tensor is not None:
+                _fill(tensor, full)
+        missing.discard(name)
+    if missing:
+        raise CheckpointError(
+            f"the initial weights lack {', '.join(sorted(missing)[:3])} ({len(missing)} tensors in all); export them "
+            "again"
+        )
+
+
+def _fill(tensor: Tensor, full: Tensor) -> None:
+    """Copy `full`, or this rank's part of it, into `tensor`."""
+    if isinstance(tensor, DTensor):
+        # src_data_rank=None: cut the local copy, which is equal on every rank, instead of scattering rank 0's
+        shard = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        _local(tensor).copy_(shard.to_local())
+    else:
+        tensor.copy_(full)
 
 
 def prepare_blocks(model: TrainableModel, config: EngineConfig) -> None:

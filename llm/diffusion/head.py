@@ -101,8 +101,12 @@ class _ChunkedReadout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.gradients]
-        return (*scaled, None, None, None, None)
+        if ctx.gradients is None:
+            raise RuntimeError("The readout's gradients are handed over once. Call it again for a second backward.")
+        # In place, and without keeping a reference: autograd then takes the memory over as .grad instead of copying it,
+        # and the gradient of the weight, as large as many chunks of logits, exists once and not three times.
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if grad is None else grad.mul_(grad_loss) for grad in gradients), None, None, None, None)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
