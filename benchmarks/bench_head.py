@@ -40,7 +40,9 @@ def make(side: str, positions: int, width: int, vocab: int, device: torch.device
             return F.cross_entropy((hidden[0] @ weight.T).float(), tokens[0], reduction="sum")
         if side == "chunked":
             return chunked_readout(hidden[0], weight, None, row_loss, ones)[0]
-        return masked_readout(MaskedObjective(terms={"nelbo_subtoken": 1.0}), batch, codec)(hidden, weight, None).loss_sum
+        return masked_readout(MaskedObjective(terms={"nelbo_subtoken": 1.0}), batch, codec)(
+            hidden, weight, None
+        ).loss_sum
 
     def row_loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
         return F.cross_entropy(logits, tokens[0, rows], reduction="none").unsqueeze(-1)

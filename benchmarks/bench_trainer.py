@@ -187,7 +187,9 @@ def main() -> None:
                 ours = config(experiment, f"{experiment}-{world}")
                 sides = {"our trainer": (our_trainer, (ours,)), "bare loop": (bare_loop, (ours,))}
                 with loops(sides, steps=steps, ranks=world) as ready:
-                    compare(f"tiny {experiment}, world size {world}: against a bare loop", ready, turns, tokens, ">= 0.98")
+                    compare(
+                        f"tiny {experiment}, world size {world}: against a bare loop", ready, turns, tokens, ">= 0.98"
+                    )
         ours, theirs = config("arm", "ours"), config("arm", "theirs")
         sides = {"our trainer": (our_trainer, (ours,)), "transformers.Trainer": (transformers_trainer, (theirs,))}
         with loops(sides, steps=steps) as ready:

@@ -91,7 +91,9 @@ Loop = Callable[..., None]
 
 
 @contextmanager
-def loops(sides: Mapping[str, tuple[Loop, tuple[Any, ...]]], *, steps: int, ranks: int = 1) -> Iterator[dict[str, Turn]]:
+def loops(
+    sides: Mapping[str, tuple[Loop, tuple[Any, ...]]], *, steps: int, ranks: int = 1
+) -> Iterator[dict[str, Turn]]:
     """Each side's loop in `ranks` processes of its own, standing still except in its turns of `steps` steps.
 
     A loop is a module-level function with picklable arguments. Its output goes to a file, shown if the side dies.
@@ -110,7 +112,9 @@ def _processes(loop: Loop, arguments: tuple[Any, ...], folder: Path, steps: int,
     pipes, processes = [], []
     for rank in range(ranks):
         mine, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_rank, args=(theirs, loop, arguments, folder, rank, ranks, steps), daemon=True)
+        process = _CONTEXT.Process(
+            target=_rank, args=(theirs, loop, arguments, folder, rank, ranks, steps), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(mine)
