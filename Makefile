@@ -38,8 +38,7 @@ demo: install
 
 test: install
 	$(BIN)/unmask data fetch prose-21 tokenizers
-	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/distributed
-	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "not slow and not gpu" tests/distributed
+	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: install
 	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "slow and not gpu"

@@ -2,11 +2,13 @@
 
 UNMASK_FAULT="checkpoint.after_rename:kill" kills the process the first time that point is reached. The full form is
 POINT:ACTION[:RANK[:HIT]]; RANK is a number or `*` (default 0), HIT counts from 1. Actions: `kill` (SIGKILL to itself),
-`enospc` (the OSError of a full disk), `error` (a RuntimeError). Unset, as always outside tests, a point is one
-comparison with None.
+`enospc` (the OSError of a full disk), `error` (a RuntimeError). A process reads the variable at the first point it
+reaches, not when it imports this file: a fork server has imported it long before its ranks have an environment. Unset,
+as always outside tests, a point is one comparison with None.
 """
 
 import errno
+import functools
 import os
 import re
 import signal
@@ -24,8 +26,14 @@ class _Plan:
 
 def fault(point: str) -> None:
     """A named point of a protocol. Does nothing unless UNMASK_FAULT names it."""
-    if _PLAN is not None and _PLAN.point == point:
-        _strike(_PLAN)
+    plan = _plan_of_this_process()
+    if plan is not None and plan.point == point:
+        _strike(plan)
+
+
+@functools.cache
+def _plan_of_this_process() -> _Plan | None:
+    return _plan(os.environ.get("UNMASK_FAULT"), os.environ.get("RANK", "0"))
 
 
 def _strike(plan: _Plan) -> None:
@@ -51,6 +59,3 @@ def _plan(text: str | None, rank: str) -> _Plan | None:
     if (on_rank or "0") not in ("*", rank):
         return None
     return _Plan(point=point, action=action, hits_left=int(hit or 1))
-
-
-_PLAN = _plan(os.environ.get("UNMASK_FAULT"), os.environ.get("RANK", "0"))

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from launch import entry, faults
+from launch import entry
 from launch.checkpoint import stream
 from launch.metrics import read_metrics
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
@@ -219,7 +219,7 @@ def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), UNMASK_RENDEZVOUS_FILE=f"{folder}/rendezvous"
         )
     if fault is not None:
-        faults._PLAN = faults._plan(fault, str(rank))  # it reads UNMASK_FAULT when it is imported, which has been done
+        os.environ["UNMASK_FAULT"] = fault
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit is an OSError
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))

@@ -168,9 +168,19 @@ def test_the_gradient_of_the_bound_agrees_with_finite_differences():
     readout = objective.masked_readout(
         MaskedObjective(terms={"nelbo_subtoken": 1.0, "ce_joint": 0.5}, weighting="none"), batch, codec
     )
-    assert torch.autograd.gradcheck(
-        lambda h, w, c: readout(h, w, c).loss_sum, (hidden, weight, bias), eps=1e-6, atol=1e-6, rtol=1e-6
-    )
+    inputs = (hidden, weight, bias)
+    readout(*inputs).loss_sum.backward()
+    for tensor in inputs:  # not gradcheck: it asks for the gradients twice, and the readout hands them over once
+        numerical = torch.empty_like(tensor)
+        flat = tensor.detach().view(-1)
+        for index, value in enumerate(flat.tolist()):
+            flat[index] = value + 1e-6
+            above = float(readout(*inputs).loss_sum.detach())
+            flat[index] = value - 1e-6
+            below = float(readout(*inputs).loss_sum.detach())
+            flat[index] = value
+            numerical.view(-1)[index] = (above - below) / 2e-6
+        torch.testing.assert_close(tensor.grad, numerical, rtol=1e-6, atol=1e-6)
 
 
 def test_a_batch_in_which_nothing_is_masked_has_a_zero_loss_and_zero_gradients():
