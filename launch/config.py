@@ -9,10 +9,14 @@ The schema is a tree of frozen dataclasses that the rooms define; this module kn
 key, the value and the nearest key that exists. A dataclass may define `check(self, path)` for rules of its own.
 """
 
+import ast
 import dataclasses
 import difflib
 import inspect
+import io
 import re
+import textwrap
+import tokenize
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -297,6 +301,17 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
 
 
 def field_comments(schema: type) -> dict[str, str]:
-    """The `# comment` behind each field of a dataclass: the one place where a key is documented."""
-    pattern = re.compile(r"^    (\w+):.*?  # (.+)$", re.MULTILINE)
-    return {match[1]: match[2] for match in pattern.finditer(inspect.getsource(schema))}
+    """The `# comment` behind each field of a dataclass, wrapped or not: the one place where a key is documented."""
+    found: dict[str, str] = {}
+    for owner in reversed([c for c in schema.__mro__ if dataclasses.is_dataclass(c)]):
+        source = textwrap.dedent(inspect.getsource(owner))
+        comments = {
+            token.start[0]: token.string.removeprefix("#").strip()
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
+    return found

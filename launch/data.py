@@ -31,13 +31,13 @@ _MAX_PERIOD = 1 << 16  # longest mixture schedule that is tabulated; coarser wei
 def micro_batches(step: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[IndexArray]:
     """The positions that `rank` reads in `step`: one int64 [micro_batch] array per micro-step.
 
-    Micro-step i of all ranks together covers a contiguous run of micro_batch * world_size positions, dealt round-robin.
+    A step is cut into the same micro-batches of neighbouring positions at every world size, and the ranks take turns.
     """
     accumulation = accumulation_steps(global_batch=global_batch, micro_batch=micro_batch, world_size=world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is outside a world of {world_size}")
-    mine = step * global_batch + np.arange(rank, global_batch, world_size, dtype=np.int64)
-    return list(mine.reshape(accumulation, micro_batch))
+    everyone = step * global_batch + np.arange(global_batch, dtype=np.int64)
+    return list(everyone.reshape(accumulation, world_size, micro_batch)[:, rank])
 
 
 def accumulation_steps(*, global_batch: int, micro_batch: int, world_size: int) -> int:

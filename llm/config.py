@@ -15,10 +15,11 @@ from launch.experiment import Experiment
 from llm.backbones import InputKind, InputSpec, ModelConfig, resolve_input_kind
 from llm.data.stream import DataConfig
 from llm.diffusion.codec import Codec, build_codec
+from llm.diffusion.likelihood import Order
 from llm.diffusion.objective import MaskedObjective, Name
 from llm.diffusion.sampler import SamplerConfig
 
-Bound = Literal["nelbo_token", "nelbo_subtoken", "nll_chain"]
+Bound = Literal["nelbo_token", "nelbo_subtoken", "nelbo_steps", "nll_chain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +118,14 @@ class EvaluationConfig:
 
     bounds: tuple[Bound, ...] = ("nelbo_token", "nelbo_subtoken")  # of prime models; others have one exact or one bound
     draws: int = 1  # Monte-Carlo draws per sequence and bound
+    steps: Count = 64  # nelbo_steps: of the sampler that it bounds
+    order: Order = "left_to_right"  # nll_chain: in which tokens are revealed one by one
     sequences: Count | None = 512  # validation blocks while training, spread over the split; null for all
     batch: int = 32  # sequences per rank and forward
     seed: int = 0  # of the evaluation's own noise: the same masks at every evaluation
 
     def check(self, path: str) -> None:
-        for name in ("draws", "sequences", "batch"):
+        for name in ("draws", "steps", "sequences", "batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{path}.{name} = {value}; the smallest is 1")
@@ -134,7 +137,7 @@ class SamplingConfig:
 
     count: int = 4  # sequences
     length: int | None = None  # tokens; null for data.block_length
-    seed: int = 0
+    seed: int = 0  # of the samples' own random numbers
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def check(self, path: str) -> None:

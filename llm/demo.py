@@ -24,6 +24,7 @@ from launch.checkpoint import layout
 from launch.metrics import read_metrics
 from launch.stop import EXIT_OK
 from llm.diffusion.reveal import predicted_idle_ratio
+from llm.evaluate import RECORD
 from llm.generate import generate, write_samples
 from llm.pretrained import load_pretrained, read_config
 
@@ -107,7 +108,7 @@ def _summary(name: str, run: Path) -> dict[str, Any]:
     )
     shown = dataclasses.replace(samples, tokens=samples.tokens[:3])
     write_samples(run / "demo-samples.md", shown, loaded.tokenizer, language=loaded.language)
-    estimates = {row["estimate"]: row for row in json.loads((run / "evaluation-validation.json").read_text())}
+    estimates = {row["estimate"]: row for row in map(json.loads, (run / RECORD).read_text().splitlines())}
     valid = {n: row for n, row in estimates.items() if "ppl" in row}
     best = min(valid, key=lambda n: valid[n][n])
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in row]

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -17,11 +17,13 @@ from launch import runtime as runtimes
 from launch.runtime import Runtime
 from llm.config import EvaluationConfig
 from llm.data.shards import Split, TokenDataset
-from llm.diffusion.likelihood import Estimate
+from llm.diffusion.likelihood import Estimate, Order
 from llm.heldout import evaluate_bounds, heldout_blocks, unigram_nats
 from llm.pretrained import load_pretrained
 
-BOUNDS = ("nelbo_token", "nelbo_subtoken", "nll_chain", "loss_ce_joint")
+BOUNDS = ("nelbo_token", "nelbo_subtoken", "nelbo_steps", "nll_chain", "loss_ce_joint")
+_OF_CONFIG = ("draws", "batch", "steps", "order")  # flags that stand before the run's own evaluation section
+RECORD = "evaluations.jsonl"  # in a run's folder: every estimate ever made of it, a line each, newest last
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=BOUNDS,
         default=["nelbo_token", "nelbo_subtoken", "loss_ce_joint"],
         metavar="NAME",
-        help=f"of {', '.join(BOUNDS)} (all but nll_chain, a forward per token); ar models have nll_ar alone",
+        help=(
+            f"of {', '.join(BOUNDS)} (nelbo_token nelbo_subtoken loss_ce_joint). nelbo_steps bounds the sampler of "
+            "--steps; nll_chain is exact and costs a forward per token; ar models have nll_ar alone"
+        ),
     )
     parser.add_argument(
         "--split", choices=("validation", "test"), default="validation", help="which held-out documents (validation)"
@@ -50,9 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data", type=Path, metavar="DIR", help="another data set of the same tokenizer (the first of the run)"
     )
     parser.add_argument("--draws", type=int, metavar="N", help="Monte-Carlo draws per block and bound (of the run: 1)")
+    parser.add_argument("--steps", type=int, metavar="T", help="sampler steps that nelbo_steps bounds (of the run: 64)")
+    parser.add_argument("--order", choices=get_args(Order), help="of nll_chain (of the run: left_to_right)")
     parser.add_argument("--sequences", type=int, metavar="N", help="blocks, spread evenly over the split (all)")
     parser.add_argument("--batch", type=int, metavar="N", help="blocks per forward (of the run: 32)")
     options = parser.parse_args(argv)
+    given = {k: v for k in (*_OF_CONFIG, "sequences") if (v := getattr(options, k)) is not None}
+    EvaluationConfig(**given).check("evaluation")
     runtime = runtimes.start()
     rows = [row for run in options.runs for row in evaluate_run(run, options, runtime)]
     if runtime.is_main:
@@ -63,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_run(run: Path, options: argparse.Namespace, runtime: Runtime) -> list[dict[str, Any]]:
-    """Collective. One row for each estimate, also written to RUN/evaluation-SPLIT.json."""
+    """Collective. One row for each estimate, also added to RUN/evaluations.jsonl."""
     loaded = load_pretrained(run, runtime.device)
-    changes = {k: v for k in ("draws", "batch") if (v := getattr(options, k)) is not None}
+    changes = {k: v for k in _OF_CONFIG if (v := getattr(options, k)) is not None}
     evaluation: EvaluationConfig = dataclasses.replace(loaded.config.evaluation, **changes)
     split: Split = options.split
     path = options.data or Path(loaded.config.data.sources[0].path)
@@ -93,6 +102,8 @@ def evaluate_run(run: Path, options: argparse.Namespace, runtime: Runtime) -> li
         row: dict[str, Any] = {
             "run": run.name,
             "step": loaded.step,
+            "data": str(path),
+            "split": split,
             "weights": loaded.weights,
             "estimate": found.name,
             "estimator": found.estimator,
@@ -106,7 +117,8 @@ def evaluate_run(run: Path, options: argparse.Namespace, runtime: Runtime) -> li
             row |= {"ppl": found.ppl, "ppl_se": found.ppl_standard_error}
         rows.append(row)
     if runtime.is_main:
-        (run / f"evaluation-{split}.json").write_text(json.dumps(rows, indent=1))
+        with (run / RECORD).open("a") as record:
+            record.writelines(f"{json.dumps(row)}\n" for row in rows)
     return rows
 
 

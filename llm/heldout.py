@@ -101,7 +101,9 @@ def _evaluate(
     if name == "nll_ar":
         return likelihood.nll_ar(model, tokens, bos=language.first_token)
     if name == "nll_chain":
-        return likelihood.nll_chain(predict, tokens, codec)
+        return likelihood.nll_chain(predict, tokens, codec, order=config.order)
+    if name == "nelbo_steps":
+        return likelihood.nelbo_steps(predict, tokens, codec, noise, steps=config.steps, draws=config.draws)
     function = {
         "nelbo_subtoken": likelihood.nelbo_subtoken,
         "nelbo_token": likelihood.nelbo_token,

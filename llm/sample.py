@@ -52,10 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     fields = ("steps", "temperature", "top_p", "order", "group", "cfg_scale")
     changes = {name: value for name in fields if (value := getattr(options, name)) is not None}
     sampler = dataclasses.replace(sampling.sampler, **changes)
-    length = options.length or sampling.length or loaded.config.data.block_length
+    wanted = {name: value for name in ("count", "length", "seed") if (value := getattr(options, name)) is not None}
+    sampling = dataclasses.replace(sampling, **wanted)
+    length = loaded.config.data.block_length if sampling.length is None else sampling.length
     prompt, suffix = loaded.tokenizer.encode_batch([options.prompt, options.suffix])
     try:
-        sampler.check("--")
+        sampling.check("sampling")
+        sampler.check("sampler")
         if len(prompt) + len(suffix) >= length:
             raise ValueError(
                 f"prompt and suffix have {len(prompt)} + {len(suffix)} tokens, --length is {length}; raise --length"
@@ -68,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaded.model,
         loaded.language,
         config=sampler,
-        count=options.count or sampling.count,
+        count=sampling.count,
         length=length,
-        seed=sampling.seed if options.seed is None else options.seed,
+        seed=sampling.seed,
         device=device,
         prompt=prompt,
         suffix=suffix,

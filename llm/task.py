@@ -33,6 +33,7 @@ class Batch:
 
     tokens: Tensor  # int64 [B, L]
     masked: MaskedBatch | None  # None for the autoregressive family
+    dropout_key: int  # seeds the generator that torch's dropout draws from
 
 
 class LanguageTask:
@@ -85,11 +86,13 @@ class LanguageTask:
         length_noise = uniform(stream_key(seed, "length", step), torch.zeros(1, dtype=torch.int64), 2)[0]
         length = masking.random_length(length_noise, tokens.shape[1], probability=diffusion.random_length_probability)
         tokens = tokens[:, :length]
-        if self.objective is None:
-            return Batch(tokens=tokens, masked=None)
-
         global_batch = self.config.train.global_batch
         rows = torch.from_numpy(positions % global_batch).to(self.device)  # place in the global batch
+        # Fused dropout has one generator for the whole micro-batch; every world size cuts a step into the same ones.
+        dropout_key = stream_key(seed, "dropout", step, int(positions[0] % global_batch))
+        if self.objective is None:
+            return Batch(tokens=tokens, masked=None, dropout_key=dropout_key)
+
         times = self._times(rows, step, global_batch)
         shape = (*tokens.shape, self.codec.granularity)
         noise = uniform(stream_key(seed, "mask", step), rows, shape[1] * shape[2]).view(shape)
@@ -100,7 +103,8 @@ class LanguageTask:
             choice = uniform(stream_key(seed, "granularity", step), rows, 1)[:, 0]
             grouped = masking.random_granularity(choice, p_group=diffusion.p_group)
         mask = masking.random_mask(noise, times, grouped=grouped)
-        return Batch(tokens=tokens, masked=MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped))
+        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
+        return Batch(tokens=tokens, masked=masked, dropout_key=dropout_key)
 
     def _times(self, rows: Tensor, step: int, global_batch: int) -> Tensor:
         """float32 [B]: noise times of these rows of the global batch."""
@@ -121,6 +125,8 @@ class LanguageTask:
         else:
             inputs = self.language.inputs(batch.masked.inputs(self.codec))
             readout = masked_readout(self.objective, batch.masked, self.codec)
+        if self.config.model.dropout:
+            torch.manual_seed(batch.dropout_key)
         loss_sum, metrics = model(inputs, _in_plain_containers(readout))
         return loss_sum, _figures(metrics, self.codec.granularity)
 

@@ -54,7 +54,7 @@ class ModelConfig:
     ffn: int | None = None  # hidden size of the feed-forward layer; null = 4 * width
     qk_norm: bool = False  # RMSNorm on every query and key head before the rotation
     tied: bool = False  # read the logits off the input token table (llama with token inputs only)
-    dropout: float = 0.0  # drawn from the device's generator, so results then depend on the number of ranks
+    dropout: float = 0.0  # drawn for whole micro-batches, so results then depend on train.micro_batch
     rope_base: float = 10000.0  # wavelength base of the rotary position embedding
     norm_eps: float = 1e-5  # added to the mean square (or variance) in every norm
     init: Literal["tinyllama", "megatron", "mdlm"] = "tinyllama"  # initial weights; dit needs mdlm, llama the others

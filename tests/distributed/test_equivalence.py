@@ -47,6 +47,17 @@ def test_every_strategy_world_size_and_micro_batch_gives_the_same_curve(
     assert scalars(run, 6)["progress"]["tokens"] == 6 * 8 * 16
 
 
+@pytest.mark.parametrize(("strategy", "world"), [("ddp", 4), ("fsdp2", 2)])
+def test_dropout_is_drawn_for_a_micro_batch_whoever_computes_it(
+    tiny: Tiny, reference: dict[str, Path], tmp_path: Path, strategy: str, world: int
+) -> None:
+    options = ("model.dropout=0.2", "train.micro_batch=2", "train.steps=3")
+    one = train(tiny.prime, 1, tmp_path / "one", *options)
+    many = train(tiny.prime, world, tmp_path / "many", *options, f"engine.strategy={strategy}")
+    assert curve(many) == pytest.approx(curve(one), rel=1e-5)
+    assert curve(one)[1] != pytest.approx(curve(reference["prime"])[1], rel=1e-5)
+
+
 def test_the_mixture_masks_whole_tokens_in_some_sequences_and_single_digits_in_others(
     reference: dict[str, Path],
 ) -> None:

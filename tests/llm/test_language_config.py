@@ -1,5 +1,6 @@
 """Every shipped experiment loads under the full schema, and the keys of diffusion mean what they say."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def test_the_tiny_experiments_differ_in_model_input_and_objective_only(path):
     reference, _ = configs.load(LanguageConfig, TINY[0])
     changed = configs.difference(configs.to_dict(reference), configs.to_dict(config))
     assert all(key.startswith(("diffusion.", "run.", "engine.")) for key in changed)
+
+
+def test_every_key_that_a_user_can_set_is_explained():
+    config, sources = configs.load(LanguageConfig, TINY[0])
+    lines = configs.explain(config, sources).splitlines()
+    keys = [line for line in lines if not line.startswith("    ")]
+    bare = [a for a, b in itertools.pairwise([*lines, ""]) if a in keys and not b.startswith("    ")]
+    assert bare == []
 
 
 def test_an_objective_is_a_sum_of_factors_and_terms():
