@@ -43,7 +43,10 @@ class LanguageTask:
         self.stream = TrainingStream(config.data) if open_data else None
         vocab_size = self.stream.vocab_size if self.stream else config.data.vocab_size
         if vocab_size is None:
-            raise ConfigError("data.vocab_size is not set and the data are not read; set it, or use --dry-run")
+            raise ConfigError(
+                "data.vocab_size is not set and the data are not read; add data.vocab_size=N, or let "
+                "`unmask train CONFIG --dry-run` read the data"
+            )
         if config.data.vocab_size not in (None, vocab_size):
             raise ConfigError(
                 f"data.vocab_size = {config.data.vocab_size}, but {config.data.sources[0].path} was made with a "
