@@ -196,6 +196,8 @@ def _build(schema: type[T], tree: dict[str, Any], prefix: str, sources: dict[str
 
 def _convert(hint: Any, value: Any, dotted: str, sources: dict[str, str]) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
     if origin is Annotated:
         try:
             return _convert(arguments[0], _with_units(value, arguments[1]), dotted, sources)

@@ -26,13 +26,14 @@ from launch import config as configs
 from launch import runtime as runtimes
 from launch.checkpoint import CheckpointStore
 from launch.data import accumulation_steps
-from launch.engine import build_engine
+from launch.engine import Engine, build_engine
 from launch.engine.base import load_weights
 from launch.errors import ConfigError, UserError
 from launch.experiment import Experiment, Task
 from launch.local import check_accelerate_environment
 from launch.metrics import MetricsWriter, read_metrics
 from launch.report import write_report
+from launch.runtime import Runtime
 from launch.stop import EXIT_OK, EXIT_USER_ERROR, StopFlag
 from launch.trainer import Trainer
 from launch.watch import Watchdog
@@ -108,7 +109,7 @@ def run(config: Experiment, make_task: MakeTask) -> int:
     )
     latest = store.latest_valid()
     if latest is None:
-        runtime.together(lambda: load_weights(engine.state(), weights) if (weights := task.initial_weights()) else None)
+        _load_initial_weights(engine, task, runtime)
     store.preflight(engine.state())
     metrics = MetricsWriter(folder, config.metrics, total_steps=config.train.steps, enabled=runtime.is_main)
     with (
@@ -140,6 +141,15 @@ def run(config: Experiment, make_task: MakeTask) -> int:
     runtime.barrier()
     runtime.close()
     return code
+
+
+def _load_initial_weights(engine: Engine, task: Task, runtime: Runtime) -> None:
+    """Collective. Start from the weights that the configuration names, if it names any."""
+    weights = runtime.together(task.initial_weights)
+    if weights is not None:
+        state = engine.state()
+        runtime.together(lambda: load_weights(state, weights))
+        engine.adopt(state)
 
 
 def _was_judged(folder: Path, step: int | None) -> bool:

@@ -181,9 +181,10 @@ class Trainer:
 
     def restore(self, step: int) -> None:
         """Collective. Take up the checkpoint of `step`, saved by any strategy on any number of ranks."""
-        scalars = self.store.load(step, self.engine.state())
+        state = self.engine.state()
+        scalars = self.store.load(step, state)
         check_identity(scalars["identity"], dict(self.task.identity()), where=f"the checkpoint of step {step}")
-        self.engine.load_scalars(scalars["engine"])
+        self.engine.adopt(state, scalars["engine"])
         self.guard.load_state(scalars["guard"])
         self.progress = Progress(**scalars["progress"])
 

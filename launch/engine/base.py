@@ -7,7 +7,7 @@ stream keyed by its name, so they do not depend on how, or whether, the model is
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -23,27 +23,32 @@ from launch.random import generator, stream_key
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    strategy: Literal["ddp", "fsdp2"] = (
-        "ddp"  # ddp: every rank holds all; fsdp2: weights, gradients, states are sharded
+    strategy: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] = (
+        "ddp"  # ddp: every rank holds all; fsdp2, zero3: weights, gradients, states sharded; zero1, zero2: part of them
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if torch sees one
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: compute in bf16; master weights, reductions, states stay fp32
     replicas: int = 1  # fsdp2: hybrid sharding, this many replicas of the model, each sharded over world/replicas ranks
     reshard_after_forward: bool = True  # fsdp2: free a block's gathered weights between its forward and its backward
-    cpu_offload: bool = False  # fsdp2: keep sharded weights, gradients and states in host memory
+    cpu_offload: bool = False  # fsdp2, zero: keep what is sharded in host memory (zero1, zero2: but the weights)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # zero: raw keys of DeepSpeed's own configuration
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective keeps matmuls and attention
     compile: bool = False  # torch.compile each block
     ema_decay: float | None = None  # keep an exponential average of the weights; evaluation, sampling, export use it
     timeout: Seconds = 600.0  # of every collective: a dead link is an error after this long
 
     def check(self, path: str) -> None:
-        if self.strategy != "fsdp2":
-            for name, default in (("replicas", 1), ("cpu_offload", False)):
-                if getattr(self, name) != default:
-                    raise ConfigError(
-                        f"{path}.{name} = {getattr(self, name)} works with strategy fsdp2, not {self.strategy}; "
-                        f"set {path}.strategy=fsdp2 or {path}.{name}={str(default).lower()}"
-                    )
+        zeros = ("zero1", "zero2", "zero3")
+        for name, default, strategies in (
+            ("replicas", 1, ("fsdp2",)),
+            ("cpu_offload", False, ("fsdp2", *zeros)),
+            ("deepspeed", {}, zeros),
+        ):
+            if getattr(self, name) != default and self.strategy not in strategies:
+                raise ConfigError(
+                    f"{path}.{name} = {getattr(self, name)} works with strategy {', '.join(strategies)}, not "
+                    f"{self.strategy}; set {path}.strategy={strategies[0]} or {path}.{name}={str(default).lower()}"
+                )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"{path}.ema_decay = {self.ema_decay}; need 0 < ema_decay < 1, or null for no average")
         if self.timeout <= 0:
@@ -104,14 +109,19 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors by canonical name (`model.*`, `optim.exp_avg.*`, `optim.exp_avg_sq.*`, `ema.*`)."""
+        """The tensors by canonical name (`model.*`, `optim.exp_avg.*`, `optim.exp_avg_sq.*`, `ema.*`). Collective.
+
+        fp32, live or copies: what is written into them counts once `adopt` has been called.
+        """
         ...
 
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
         ...
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None: ...
+    def adopt(self, state: Mapping[str, Tensor], scalars: Mapping[str, Any] | None = None) -> None:
+        """Collective. Go on from `state()`, its tensors filled in place, and from `scalars()` (None: as if new)."""
+        ...
 
     def evaluation(self) -> AbstractContextManager[nn.Module]:
         """The module with averaged weights (if any), gathered on every rank so that forwards need no communication."""
@@ -125,6 +135,17 @@ class Engine(Protocol):
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], no_decay: Callable[[str], bool], weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups: parameters that decay, and those that are exempt; without empty ones."""
+    groups = [
+        {"params": [p for n, p in parameters.items() if no_decay(n) == exempt], "weight_decay": decay}
+        for exempt, decay in ((False, weight_decay), (True, 0.0))
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class Updates:
     """AdamW, gradient clipping and the weight average of one model, on whatever shards this rank holds."""
 
@@ -133,13 +154,8 @@ class Updates:
     ):
         self.parameters = dict(model.named_parameters())  # ties appear once, under their first name
         self._clip, self._ema_decay = config.clip, ema_decay
-        groups = [
-            {"params": [p for n, p in self.parameters.items() if no_decay(n) == exempt], "weight_decay": decay}
-            for exempt, decay in ((False, config.weight_decay), (True, 0.0))
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True
-        )
+        groups = parameter_groups(self.parameters, no_decay, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
         # AdamW makes its states at the first step; made here they count from the start and can be loaded into.
         for p in self.parameters.values():
             self.optimizer.state[p] = {
@@ -182,9 +198,10 @@ class Updates:
         """The number of applied updates, which AdamW's bias correction needs."""
         return {"updates": int(next(iter(self.optimizer.state.values()))["step"].item())}
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
+    def adopt(self, scalars: Mapping[str, Any] | None) -> None:
+        """The tensors of `state` are live; only the count has to be told."""
         for moments in self.optimizer.state.values():
-            moments["step"].fill_(scalars["updates"])
+            moments["step"].fill_(scalars["updates"] if scalars is not None else 0)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -6,9 +6,10 @@ from typing import Any
 from launch.engine.base import Engine, EngineConfig, OptimizerConfig
 from launch.engine.ddp import DDP
 from launch.engine.fsdp2 import FSDP2
+from launch.engine.zero import ZeRO
 from launch.runtime import Runtime
 
-ENGINES = {"ddp": DDP, "fsdp2": FSDP2}
+ENGINES = {"ddp": DDP, "fsdp2": FSDP2, "zero1": ZeRO, "zero2": ZeRO, "zero3": ZeRO}
 
 
 def build_engine(

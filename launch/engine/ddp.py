@@ -1,6 +1,6 @@
 """Every rank holds the whole model; gradients are summed over ranks (PyTorch DistributedDataParallel)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -51,8 +51,9 @@ class DDP:
     def scalars(self) -> dict[str, Any]:
         return self._updates.scalars()
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        self._updates.load_scalars(scalars)
+    def adopt(self, state: Mapping[str, Tensor], scalars: Mapping[str, Any] | None = None) -> None:
+        del state  # live
+        self._updates.adopt(scalars)
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:

@@ -4,7 +4,7 @@ Order for each block: activation checkpointing, compilation, `fully_shard`. The 
 `fully_shard` replaces the parameters. The head belongs to the root unit, which stays gathered through the backward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,10 +71,11 @@ class FSDP2:
     def scalars(self) -> dict[str, Any]:
         return self._updates.scalars()
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
+    def adopt(self, state: Mapping[str, Tensor], scalars: Mapping[str, Any] | None = None) -> None:
+        del state  # live
         for unit in self._units:
             unit.reshard()  # weights gathered before the load would outlive it
-        self._updates.load_scalars(scalars)
+        self._updates.adopt(scalars)
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:

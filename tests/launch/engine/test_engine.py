@@ -123,6 +123,18 @@ CASES = [
     (2, EngineConfig(strategy="fsdp2", cpu_offload=True), 1),
     (2, EngineConfig(strategy="fsdp2", activation_checkpointing="full"), 1),
     (2, EngineConfig(strategy="fsdp2", activation_checkpointing="selective"), 2),
+    (1, EngineConfig(strategy="zero1"), 2),
+    (2, EngineConfig(strategy="zero1"), 2),
+    (3, EngineConfig(strategy="zero1", cpu_offload=True), 1),
+    (1, EngineConfig(strategy="zero2"), 2),
+    (2, EngineConfig(strategy="zero2"), 3),
+    (4, EngineConfig(strategy="zero2", cpu_offload=True), 1),
+    (2, EngineConfig(strategy="zero2", activation_checkpointing="full"), 1),
+    (1, EngineConfig(strategy="zero3"), 2),
+    (2, EngineConfig(strategy="zero3"), 2),
+    (3, EngineConfig(strategy="zero3"), 1),
+    (4, EngineConfig(strategy="zero3", cpu_offload=True), 1),
+    (2, EngineConfig(strategy="zero3", activation_checkpointing="full"), 1),
 ]
 
 
