@@ -26,10 +26,11 @@ from typing import Any
 
 # A fork server imports torch once and forks every rank from a process without threads: ranks start in milliseconds,
 # which plain spawn (seconds of imports a rank) and plain fork (a child inherits locked mutexes) do not give together.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the fork server starts: DeepSpeed reads it at its import
 _CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = (  # what the first optimizer, DTensor or FSDP module of a rank imports: 1.3 CPU-seconds
     *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.profiler"),
-    "safetensors.torch",
+    *("safetensors.torch", "deepspeed"),
 )
 _CONTEXT.set_forkserver_preload(list(PRELOADED))
 _SETTLE_S = 0.3  # after the first failure, so that the cause is found among the ranks that merely lost their peer
