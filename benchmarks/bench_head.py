@@ -128,11 +128,11 @@ def _ask(pipe: Connection) -> Cost:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--positions", type=int, default=2048, help="P, positions with a loss")
-    arguments.add_argument("--width", type=int, default=768, help="D")
+    arguments.add_argument("--positions", type=int, default=4096, help="P, positions with a loss")
+    arguments.add_argument("--width", type=int, default=512, help="D")
     arguments.add_argument("--vocab", type=int, nargs="+", default=[32000, 50257], help="V")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--turns", type=int, default=7, help="calls of each side")
+    arguments.add_argument("--turns", type=int, default=3, help="calls of each side")
     chosen = arguments.parse_args()
     for vocab in chosen.vocab:
         if chosen.quick:

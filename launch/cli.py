@@ -89,7 +89,9 @@ def _train(verb: str, argv: Sequence[str]) -> int:
     )
     what = "YAML file of the experiment" if verb == "train" else "run folder"
     parser.add_argument("target", type=Path, metavar="CONFIG" if verb == "train" else "RUN", help=what)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. schedule.lr=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides, e.g. schedule.lr=1e-3"
+    )
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine, one a GPU (1)")
     parser.add_argument(
         "--launcher",
@@ -158,7 +160,9 @@ def _room(name: str) -> str | None:
 def _plan(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unmask plan", description=_VERBS["plan"])
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the experiment")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. data.vocab_size=1024")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides, e.g. data.vocab_size=1024"
+    )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of processes to plan for (1)")
     options = parser.parse_intermixed_args(argv)
     arguments = [str(options.config), *options.overrides, "--plan", "--world-size", str(options.gpus)]

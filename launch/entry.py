@@ -119,6 +119,11 @@ def run(config: Experiment, make_task: MakeTask) -> int:
         trainer = Trainer(config, task, engine, runtime, store, metrics, watchdog, stop)
         if latest is not None:
             trainer.restore(latest)
+            if trainer.progress.step > config.train.steps:
+                raise ConfigError(
+                    f"train.steps = {config.train.steps}, but {folder} stands at step {trainer.progress.step} already; "
+                    f"use train.steps={trainer.progress.step} or more, or start a new run in another run.dir"
+                )
         # Only now: a resume that is refused must leave the configuration that its checkpoints belong to.
         runtime.decide(lambda: _write_run_folder(config, folder, runtime.world_size))
         metrics.rewind(trainer.progress.step)  # also to 0: an earlier start may have died before its first checkpoint
@@ -173,7 +178,9 @@ def _parser(schema: type[Experiment]) -> argparse.ArgumentParser:
         epilog="example: python -m llm.train configs/llm/tiny/primev2.yaml train.steps=200 run.dir=runs/try",
     )
     parser.add_argument("config", type=Path, help="YAML file of the experiment")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. schedule.lr=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides, e.g. schedule.lr=1e-3"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything that can be checked, print the plan, stop"
     )

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits [p, V] in float32 or better, the rows of the chunk) -> values [p, K], differentiable in the logits."""
 
-CPU_CHUNK_BYTES = 2**25
+CPU_CHUNK_BYTES = 36 * 2**20  # glibc gives memory above 32 MiB back at once; smaller pieces stay with the process
 GPU_CHUNK_BYTES = 2**28  # a kernel launch costs the time in which a GPU moves about 10 MB
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.stop import EXIT_OK, EXIT_STOPPED
+from launch.stop import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from tests.runs import Accident, Ranks, Tiny, assert_equal_states, command, curve, scalars, start, state, steps_saved
 from tests.runs import train as run_to_the_end
 
@@ -92,6 +92,8 @@ def test_a_finished_run_says_so_and_goes_on_when_it_gets_more_steps(tiny: Tiny, 
     run = run_to_the_end(tiny.ar, 1, tmp_path / "cut", *constant)
     ended = Ranks(tiny.ar, 1, run, *constant).wait()
     assert ended.codes == [EXIT_OK] and "is finished: step 4 of 4. Raise train.steps to go on" in ended.output
+    shorter = Ranks(tiny.ar, 1, run, "train.steps=3").wait()
+    assert shorter.codes == [EXIT_USER_ERROR] and "use train.steps=4 or more" in shorter.output
     assert run_to_the_end(tiny.ar, 1, run, "train.steps=6") == run
     whole = run_to_the_end(tiny.ar, 1, tmp_path / "whole", "train.steps=6")
     assert_equal_states(state(run, 6), state(whole, 6))
