@@ -101,17 +101,6 @@ def deepspeed_settings(config: EngineConfig, optimizer: OptimizerConfig) -> dict
     }
 
 
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 class ZeRO:
     def __init__(
         self,
@@ -126,18 +115,20 @@ class ZeRO:
         self._stage = int(settings["zero_optimization"]["stage"])
         self._config, self._runtime, self._build_model = config, runtime, build_model
         self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        with _environment(LOCAL_RANK=str(runtime.local_rank)):  # asked for even where one process has no launcher
-            if self._stage == 3:
-                with self._deepspeed.zero.Init(config_dict_or_path=settings):  # shards each parameter as it is made
-                    model = build_model()
-            else:
-                with torch.device(runtime.device):
-                    model = build_model()
-            prepare_blocks(model, config)
-            self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-            groups = parameter_groups(self._parameters, model.no_decay, optimizer.weight_decay)
-            adam = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
-            engine, *_ = self._deepspeed.initialize(model=model, optimizer=adam, config=settings)
+        os.environ.setdefault(
+            "LOCAL_RANK", str(runtime.local_rank)
+        )  # DeepSpeed reads it in every step, launcher or not
+        if self._stage == 3:
+            with self._deepspeed.zero.Init(config_dict_or_path=settings):  # shards each parameter as it is made
+                model = build_model()
+        else:
+            with torch.device(runtime.device):
+                model = build_model()
+        prepare_blocks(model, config)
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        groups = parameter_groups(self._parameters, model.no_decay, optimizer.weight_decay)
+        adam = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+        engine, *_ = self._deepspeed.initialize(model=model, optimizer=adam, config=settings)
         self.module: nn.Module = engine
         self._optimizer: Any = engine.optimizer
         self._make_states()

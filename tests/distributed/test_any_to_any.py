@@ -17,6 +17,8 @@ from llm.task import LanguageTask
 from tests.processes import spawn
 from tests.runs import Tiny, curve, state, train
 
+pytestmark = pytest.mark.slow  # 17 runs, and 289 checkpoints taken up
+
 SAVED, STEPS = 3, 5
 OPTIONS = ("engine.ema_decay=0.9", f"train.steps={STEPS}", "schedule.lr=1.0e-3", "sampling.count=1")
 PLACES = [
@@ -94,6 +96,6 @@ def test_a_checkpoint_of_every_strategy_and_world_size_is_taken_up(
 ) -> None:
     expected = [curve(unbroken)[step + 1] for step in range(SAVED, STEPS)]
     options = (*OPTIONS, *strategy_options(strategy))
-    for of_rank in spawn(go_on_from_each, world, tiny.prime, options, list(runs.values()), group=False):
+    for of_rank in spawn(go_on_from_each, world, tiny.prime, options, list(runs.values()), group=False, timeout=240):
         for name, losses in zip(runs, of_rank, strict=True):
             assert losses == pytest.approx(expected, rel=1e-6), f"saved by {name}"
