@@ -16,19 +16,19 @@ from launch.metrics import read_metrics
 
 SIZES = {  # model shape: overrides of the tiny experiment
     "tiny": (),
-    "d = 256": ("model.width=256", "model.heads=4", "model.layers=4", "model.ffn=768"),
+    "d = 256": ("model.width=256", "model.heads=4", "model.layers=2", "model.ffn=768"),
 }
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--every", type=int, default=20, help="steps between checkpoints, and of one turn")
-    arguments.add_argument("--turns", type=int, default=7, help="turns of each side")
+    arguments.add_argument("--turns", type=int, default=3, help="turns of each side")
     arguments.add_argument("--processes", type=int, default=2, help="world size")
     chosen = arguments.parse_args()
     every, turns = (2, 2) if chosen.quick else (chosen.every, chosen.turns)
-    rows = []
     for label, shape in SIZES.items():
+        rows = []
         with tempfile.TemporaryDirectory(prefix="unmask-bench-") as name:
             folder = Path(name)
             data = write_corpus(folder / "data", documents=100 if chosen.quick else 600)
@@ -53,16 +53,23 @@ def main() -> None:
                 slower = ratio(costs[side], costs["none"]).wall
                 rows.append(
                     (
-                        *(f"{label}, {side}", f"{size / 2**20:,.1f}", f"{1e3 * step:,.0f}", f"{1e3 * middle:,.1f}"),
+                        *(side, f"{size / 2**20:,.1f}", f"{1e3 * step:,.0f}", f"{1e3 * middle:,.1f}"),
                         *(f"{100 * middle / (every * step):.2f} %", f"{slower:.3f}"),
                     )
                 )
-    header = ("checkpoint", "MiB", "step ms", "stopped ms", f"stopped / time of {every} steps", "time / never saving")
-    print_table(
-        f"A checkpoint every {every} steps, fsdp2 x {chosen.processes} (goal <= 5 %; median of {turns} turns)",
-        header,
-        rows,
-    )
+        header = (
+            "checkpoint",
+            "MiB",
+            "step ms",
+            "stopped ms",
+            f"stopped / time of {every} steps",
+            "time / never saving",
+        )
+        print_table(
+            f"{label}: saving every {every} steps, fsdp2 x {chosen.processes} (goal <= 5 %; median of {turns} turns)",
+            header,
+            rows,
+        )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,13 @@ class TakingTurns(LanguageTask):
 def load(experiment: str, data: Path, run: Path, *overrides: str) -> LanguageConfig:
     """A tiny experiment on the invented corpus, without an end and without checkpoints unless asked for."""
     fixed = [f"data.sources=[{{path: {data}}}]", f"run.dir={run}", "train.steps=1000000", "schedule.warmup_steps=0"]
-    fixed += ["engine.device=cpu", "train.log_every=4", "schedule.kind=constant", "checkpoint.every_steps=null"]
+    fixed += [
+        "engine.device=cpu",
+        "engine.strategy=ddp",
+        "train.log_every=4",
+        "schedule.kind=constant",
+        "checkpoint.every_steps=null",
+    ]
     return configs.load(LanguageConfig, CONFIGS / f"{experiment}.yaml", [*fixed, *overrides])[0]
 
 

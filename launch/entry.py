@@ -27,7 +27,7 @@ from launch import runtime as runtimes
 from launch.checkpoint import CheckpointStore
 from launch.data import accumulation_steps
 from launch.engine import Engine, build_engine
-from launch.engine.base import load_weights
+from launch.engine.base import load_weights, state_bytes_per_parameter
 from launch.errors import ConfigError, UserError
 from launch.experiment import Experiment, Task
 from launch.local import check_accelerate_environment
@@ -197,8 +197,7 @@ def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
         model = task.build_model()
     assert isinstance(model, torch.nn.Module)
     parameters = sum(p.numel() for p in model.parameters())
-    shards = world_size // config.engine.replicas if config.engine.strategy == "fsdp2" else 1
-    copies = 4 + (config.engine.ema_decay is not None)  # weights, gradients, two moments, average
+    saved = 12 + 4 * (config.engine.ema_decay is not None)  # bytes of a parameter: weight, two moments, average
     train = config.train
     accumulation = accumulation_steps(
         global_batch=train.global_batch, micro_batch=train.micro_batch, world_size=world_size
@@ -213,10 +212,10 @@ def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
         "budget": f"{train.steps:,} steps x {tokens_per_step:,} tokens = {train.steps * tokens_per_step:,} tokens",
         "compute": f"{task.flops_per_token() * train.steps * tokens_per_step:.3g} FLOPs (full rule)",
         "memory": (
-            f"{4 * copies * parameters / shards / 2**20:,.1f} MiB a rank for weights, gradients and states in fp32 "
-            f"({config.engine.strategy}, {shards} shards); activations come on top"
+            f"{state_bytes_per_parameter(config.engine, world_size) * parameters / 2**20:,.1f} MiB a rank for weights, "
+            f"gradients and states ({config.engine.strategy} on {world_size}); activations come on top"
         ),
-        "checkpoint": f"{4 * (copies - 1) * parameters / 2**20:,.1f} MiB each",
+        "checkpoint": f"{saved * parameters / 2**20:,.1f} MiB each",
     }
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from launch.config import Seconds
+from launch.engine.deepspeed_keys import check_deepspeed_keys
 from launch.errors import CheckpointError, ConfigError
 from launch.random import generator, stream_key
 
@@ -49,6 +50,12 @@ class EngineConfig:
                     f"{path}.{name} = {getattr(self, name)} works with strategy {', '.join(strategies)}, not "
                     f"{self.strategy}; set {path}.strategy={strategies[0]} or {path}.{name}={str(default).lower()}"
                 )
+        if self.strategy == "zero1" and self.precision == "bf16":
+            raise ConfigError(
+                f"{path}.strategy = zero1 with {path}.precision = bf16: DeepSpeed would accumulate gradients in bf16 "
+                f"there; use {path}.strategy=zero2, which gives the same steps from less memory, with fp32 gradients"
+            )
+        check_deepspeed_keys(self.deepspeed, f"{path}.deepspeed")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"{path}.ema_decay = {self.ema_decay}; need 0 < ema_decay < 1, or null for no average")
         if self.timeout <= 0:
@@ -72,6 +79,23 @@ class OptimizerConfig:
                 f"{path}: eps = {self.eps}, weight_decay = {self.weight_decay}, clip = {self.clip}; "
                 "need eps > 0, weight_decay >= 0, clip > 0 or null"
             )
+
+
+def state_bytes_per_parameter(config: EngineConfig, world_size: int) -> float:
+    """Bytes of weights, gradients, AdamW's moments and the average on each rank, for each parameter of the model."""
+    average = 4 * (config.ema_decay is not None)
+    shards = world_size // config.replicas
+    if config.strategy == "ddp":
+        return 4 + 4 + 8 + average
+    if config.strategy == "fsdp2":
+        return (4 + 4 + 8 + average) / shards
+    weights, gradients = (2 if config.precision == "bf16" else 4), 4  # ZeRO: beside fp32 masters, sharded like moments
+    masters = (4 + 8 + average) / shards
+    return {
+        "zero1": weights + gradients + masters,
+        "zero2": weights + gradients / shards + masters,
+        "zero3": (weights + gradients) / shards + masters,
+    }[config.strategy]
 
 
 class TrainableModel(Protocol):

@@ -1,6 +1,7 @@
 """Every strategy, at every world size, does what a plain loop on one process does."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from launch import runtime as runtimes
 from launch.engine import EngineConfig, OptimizerConfig, build_engine
+from launch.engine.zero import deepspeed_settings
 from launch.errors import ConfigError
 from tests.processes import spawn
 
@@ -160,7 +162,7 @@ def test_a_strategy_at_a_world_size_gives_the_curve_and_weights_of_a_plain_loop(
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights_and_states(tmp_path):
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in ("ddp", "fsdp2", "zero2", "zero3"):
         folder = tmp_path / strategy
         folder.mkdir()
         config = EngineConfig(strategy=strategy, precision="bf16")
@@ -174,6 +176,62 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights_and_states(tmp_path):
 def test_settings_that_the_strategy_cannot_honour_are_refused(values):
     with pytest.raises(ConfigError, match="engine"):
         EngineConfig(strategy="ddp", **values).check("engine")
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"train_batch_size": 8}, r"'train_batch_size', which is set by train\.global_batch"),
+        ({"zero_optimization": {"stage": 2}}, r"'zero_optimization\.stage', which is set by engine\.strategy"),
+        ({"gradient_clipping": 1.0}, r"optimizer\.clip"),
+    ],
+)
+def test_raw_deepspeed_keys_that_the_engine_owns_are_refused_by_name(raw, words):
+    with pytest.raises(ConfigError, match=words):
+        EngineConfig(strategy="zero2", deepspeed=raw).check("engine")
+
+
+def test_raw_deepspeed_keys_reach_deepspeed(tmp_path):
+    config = EngineConfig(strategy="zero2", deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
+    config.check("engine")
+    assert deepspeed_settings(config, OptimizerConfig())["zero_optimization"] == {
+        "reduce_bucket_size": 1000,
+        "stage": 2,
+    }
+    curve, *_ = spawn(run, 2, config, 1, False, tmp_path, group=False)[0]
+    assert curve[-1][0] == pytest.approx(plain_loop()[0][-1][0], rel=1e-6)
+
+
+def one_nan(strategy, folder):
+    """Whether each of three steps was applied, where rank 1 has no number in the second; the weights are finite."""
+    import os
+
+    os.environ[runtimes.RENDEZVOUS_FILE] = f"{folder}/rendezvous"
+    here = runtimes.start(device="cpu", timeout_seconds=60)
+    engine = build_engine(Model, EngineConfig(strategy=strategy), OptimizerConfig(), here, seed=3)
+    applied = []
+    for step in range(3):
+        rows = tokens_of(step)[here.rank :: here.world_size]
+        broken = float("nan") if step == 1 and here.rank == 1 else 1.0
+        engine.backward(loss_of(engine.module, rows, B * (L - 1)) * broken, last=True)
+        info = engine.step(0.01, math.isfinite)
+        applied.append((info.applied, math.isfinite(info.grad_norm)))
+    finite = all(
+        bool(torch.isfinite(t.full_tensor() if hasattr(t, "full_tensor") else t).all()) for t in engine.state().values()
+    )
+    here.close()
+    return applied, finite
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_a_nan_on_one_rank_is_shown_to_all_and_skipped_by_all(strategy, tmp_path):
+    for applied, finite in spawn(one_nan, 2, strategy, tmp_path, group=False):
+        assert applied == [(True, True), (False, False), (True, True)] and finite
+
+
+def test_zero1_in_bf16_is_refused_because_its_gradients_would_be_bf16():
+    with pytest.raises(ConfigError, match="strategy=zero2"):
+        EngineConfig(strategy="zero1", precision="bf16").check("engine")
 
 
 def too_many_replicas(folder):
