@@ -86,9 +86,11 @@ class LanguageTask:
         assert self.stream is not None
         diffusion, seed = self.config.diffusion, self.config.run.seed
         tokens = self.stream.blocks(positions).to(self.device)
-        length_noise = uniform(stream_key(seed, "length", step), torch.zeros(1, dtype=torch.int64), 2)[0]
-        length = masking.random_length(length_noise, tokens.shape[1], probability=diffusion.random_length_probability)
-        tokens = tokens[:, :length]
+        if diffusion.random_length_probability > 0:
+            noise = uniform(stream_key(seed, "length", step), torch.zeros(1, dtype=torch.int64), 2)[0]
+            tokens = tokens[
+                :, : masking.random_length(noise, tokens.shape[1], probability=diffusion.random_length_probability)
+            ]
         global_batch = self.config.train.global_batch
         rows = torch.from_numpy(positions % global_batch).to(self.device)  # place in the global batch
         # Fused dropout has one generator for the whole micro-batch; every world size cuts a step into the same ones.

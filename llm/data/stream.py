@@ -54,6 +54,9 @@ class DataConfig:
             raise ConfigError(f"{path}.block_length is {self.block_length}; it must be at least 1")
 
 
+_WINDOW = 1024  # positions
+
+
 class TrainingStream:
     """The training blocks of a run by global position; see launch.data for what a position is."""
 
@@ -66,6 +69,9 @@ class TrainingStream:
             GlobalOrder(len(dataset), stream_key(config.seed, "source", number))
             for number, dataset in enumerate(self.datasets)
         ]
+        self._windows = [(-1, np.empty(0, dtype=np.int64))] * len(
+            self.datasets
+        )  # by source: (number, samples) read last
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -87,8 +93,18 @@ class TrainingStream:
         out = np.empty((len(sources), self.block_length), dtype=np.int64)
         for number in np.unique(sources).tolist():
             rows = np.flatnonzero(sources == number)
-            out[rows] = self.datasets[number].blocks(self._orders[number].samples(local[rows])).numpy()
+            out[rows] = self.datasets[number].blocks(self._samples(number, local[rows])).numpy()
         return torch.from_numpy(out)
+
+    def _samples(self, source: int, positions: np.ndarray) -> np.ndarray:
+        """The order of a source, worked out for a window of neighbours at a time: one costs as much as hundreds."""
+        window = int(positions[0]) // _WINDOW
+        if int(positions[-1]) // _WINDOW != window or not (np.diff(positions) > 0).all():
+            return self._orders[source].samples(positions)
+        if self._windows[source][0] != window:
+            everyone = np.arange(window * _WINDOW, (window + 1) * _WINDOW)
+            self._windows[source] = (window, self._orders[source].samples(everyone))
+        return self._windows[source][1][positions - window * _WINDOW]
 
     def epochs(self, position: int) -> list[float]:
         """How often each data set has been read when the run has come to `position`."""
