@@ -8,6 +8,7 @@ canonical state that any strategy at any world size can take up, and the copy of
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,8 @@ def import_deepspeed(device_type: str) -> Any:
         # meanwhile leaves a lock that hangs every later start (seen with 0.19.8).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; its users can do nothing about that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     return deepspeed
 
 
