@@ -87,9 +87,7 @@ class ZeRO:
         self._stage = int(settings["zero_optimization"]["stage"])
         self._config, self._runtime, self._build_model = config, runtime, build_model
         self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        os.environ.setdefault(
-            "LOCAL_RANK", str(runtime.local_rank)
-        )  # DeepSpeed reads it in every step, launcher or not
+        os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # read in every step, launcher or not
         if self._stage == 3:
             with self._deepspeed.zero.Init(config_dict_or_path=settings):  # shards each parameter as it is made
                 model = build_model()
