@@ -24,6 +24,7 @@ import yaml
 
 from launch import config as configs
 from launch import runtime as runtimes
+from launch.agreement import check_same_everywhere
 from launch.checkpoint import CheckpointStore
 from launch.data import accumulation_steps
 from launch.engine import Engine, build_engine
@@ -92,6 +93,7 @@ def run(config: Experiment, make_task: MakeTask) -> int:
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     runtime = runtimes.start(device=config.engine.device, timeout_seconds=config.engine.timeout)
+    check_same_everywhere(config, runtime)
     folder = config.run.folder
     accumulation_steps(
         global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, world_size=runtime.world_size
