@@ -28,7 +28,7 @@ from launch.agreement import check_same_everywhere
 from launch.checkpoint import CheckpointStore
 from launch.data import accumulation_steps
 from launch.engine import Engine, build_engine
-from launch.engine.base import load_weights, state_bytes_per_parameter
+from launch.engine.base import data_world_size, load_weights, state_bytes_per_parameter
 from launch.errors import ConfigError, UserError
 from launch.experiment import Experiment, Task
 from launch.local import check_accelerate_environment
@@ -79,11 +79,7 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
 def plan(config: Experiment, make_task: MakeTask, *, world_size: int, open_data: bool) -> str:
     """What the run would be, without running it: every check that needs no second process, then the table."""
     task = make_task(config, torch.device("cpu"), open_data)
-    accumulation_steps(
-        global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, world_size=world_size
-    )
-    if world_size % config.engine.replicas:
-        raise ConfigError(f"engine.replicas = {config.engine.replicas} does not divide the world size {world_size}")
+    _micro_steps(config, world_size)
     return table(_facts(config, task, world_size))
 
 
@@ -95,9 +91,7 @@ def run(config: Experiment, make_task: MakeTask) -> int:
     runtime = runtimes.start(device=config.engine.device, timeout_seconds=config.engine.timeout)
     check_same_everywhere(config, runtime)
     folder = config.run.folder
-    accumulation_steps(
-        global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, world_size=runtime.world_size
-    )
+    _micro_steps(config, runtime.world_size)
     runtime.decide(lambda: _check_same_experiment(config, folder))
     task = runtime.together(lambda: make_task(config, runtime.device, True))
     engine = build_engine(task.build_model, config.engine, config.optimizer, runtime, seed=config.run.seed)
@@ -201,15 +195,15 @@ def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     saved = 12 + 4 * (config.engine.ema_decay is not None)  # bytes of a parameter: weight, two moments, average
     train = config.train
-    accumulation = accumulation_steps(
-        global_batch=train.global_batch, micro_batch=train.micro_batch, world_size=world_size
-    )
+    split = config.engine.tensor_parallel
+    readers = "ranks" if split == 1 else f"groups of {split} ranks"
     tokens_per_step = train.global_batch * task.tokens_per_sample
     return {
         "run": f"{config.run.name} in {config.run.folder}",
         **task.facts(),
         "batch": (
-            f"{train.global_batch} sequences = {world_size} ranks x {train.micro_batch} x {accumulation} micro-steps"
+            f"{train.global_batch} sequences = {data_world_size(config.engine, world_size)} {readers} x "
+            f"{train.micro_batch} x {_micro_steps(config, world_size)} micro-steps"
         ),
         "budget": f"{train.steps:,} steps x {tokens_per_step:,} tokens = {train.steps * tokens_per_step:,} tokens",
         "compute": f"{task.flops_per_token() * train.steps * tokens_per_step:.3g} FLOPs (full rule)",
@@ -219,6 +213,15 @@ def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
         ),
         "checkpoint": f"{saved * parameters / 2**20:,.1f} MiB each",
     }
+
+
+def _micro_steps(config: Experiment, world_size: int) -> int:
+    """Of each rank in a step; `ConfigError` unless ranks and batch can be divided as the configuration says."""
+    return accumulation_steps(
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        world_size=data_world_size(config.engine, world_size),
+    )
 
 
 def _check_same_experiment(config: Experiment, folder: Path) -> None:

@@ -61,6 +61,7 @@ class Trainer:
             peak_flops=config.metrics.peak_flops,
         )
         self._figures: dict[str, torch.Tensor] = {}  # [numerator, denominator] since the last log line, on the device
+        self._copies = runtime.world_size // engine.data_world_size  # ranks that compute each part of a batch
         self._grad_norm = 0.0
         self._save_failures = 0
         self._last_save = time.monotonic()
@@ -97,12 +98,13 @@ class Trainer:
             step,
             global_batch=config.global_batch,
             micro_batch=config.micro_batch,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
+            rank=self.engine.data_rank,
+            world_size=self.engine.data_world_size,
         )
         batches = [self.task.batch(p + self.progress.passed_over, step) for p in positions]
         local_count = sum(self.task.count(batch) for batch in batches)
-        (count,), (stop, save) = self.runtime.sum_and_max([local_count], [self.stop.code(), int(self._save_is_due())])
+        (counted,), (stop, save) = self.runtime.sum_and_max([local_count], [self.stop.code(), int(self._save_is_due())])
+        count = counted / self._copies
         if stop:
             return self._stop()
         if save:
@@ -113,7 +115,7 @@ class Trainer:
             self.engine.backward(loss_sum / count, last=i == len(batches) - 1)
             local_loss += loss_sum.detach() / count
             self._accumulate(figures)
-        self._accumulate({"loss": torch.stack([local_loss, torch.ones_like(local_loss) / self.runtime.world_size])})
+        self._accumulate({"loss": torch.stack([local_loss, torch.ones_like(local_loss) / self.engine.data_world_size])})
         info = self.engine.step(
             learning_rate(self.config.schedule, step, config.steps), lambda norm: self._accepts(local_loss, norm)
         )
@@ -129,7 +131,7 @@ class Trainer:
         """Whether to apply the update. A broken loss shows in the gradient norm, which is global already; only the
         rule for spikes of the loss needs an exchange of its own."""
         watches_loss = self.config.guard.spike_sigma is not None
-        loss = float(self.runtime.all_reduce_sum(local_loss)) if watches_loss else None
+        loss = float(self.runtime.all_reduce_sum(local_loss)) / self._copies if watches_loss else None
         return self.guard.accepts(grad_norm, loss)
 
     def _accumulate(self, figures: dict[str, torch.Tensor]) -> None:

@@ -1,12 +1,14 @@
 """From tensors in memory to boxes in files and back. One rank's view; no communication anywhere.
 
-A tensor is plain (the same on every rank, as under DDP) or a DTensor whose placements are Shard and Replicate on a mesh
-of any dimension. Each rank holds one box of it, possibly empty; boxes that several ranks hold are written by one of
-them. Who that is follows from the names, shapes and the mesh alone, so every rank works it out for itself.
+A tensor is plain (the same on every rank, as under DDP) or a DTensor on a mesh of any dimension, whose placements are
+Replicate, Shard, or the strided shard of `fully_shard` over tensor parallelism. Each rank holds one box of it, possibly
+empty; boxes that several ranks hold are written by one of them. Who that is follows from the names, shapes and the mesh
+alone, so every rank works it out for itself.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from launch.checkpoint.layout import Box, Manifest, SavedTensor
 from launch.errors import CheckpointError
@@ -29,16 +32,44 @@ def local_box(name: str, tensor: Tensor) -> Box:
     """The block of the global tensor that this rank holds."""
     if not isinstance(tensor, DTensor):
         return Box(offsets=(0,) * tensor.dim(), sizes=tuple(tensor.shape))
-    for placement in tensor.placements:
-        # By exact type: a strided shard (FSDP over tensor parallel) is a Shard too, but not one contiguous block.
-        if type(placement) not in (Shard, Replicate):
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    if coordinate is None:  # this rank is outside the mesh
+        return Box(offsets=(0,) * tensor.dim(), sizes=(0,) * tensor.dim())
+    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    for mesh_dim, dim in _cuts(name, tensor):
+        part = -(-sizes[dim] // mesh.size(mesh_dim))  # as torch.chunk: the last parts may be short, or empty
+        start = min(part * coordinate[mesh_dim], sizes[dim])
+        offsets[dim], sizes[dim] = offsets[dim] + start, min(part, sizes[dim] - start)
+    return Box(offsets=tuple(offsets), sizes=tuple(sizes))
+
+
+def _cuts(name: str, tensor: DTensor) -> list[tuple[int, int]]:
+    """(mesh dimension, tensor dimension) of every cut, in the order in which they were made.
+
+    A strided shard is torch's note that its cut came last: `fully_shard` takes what tensor parallelism has left to a
+    rank, although its own mesh dimension stands in front. Every cut is one of a contiguous block, so the rest is too.
+    """
+    cuts, last = [], []
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            cuts.append((mesh_dim, placement.dim))
+        elif isinstance(placement, _StridedShard):
+            behind = [
+                tensor.device_mesh.size(other)
+                for other, inner in enumerate(tensor.placements)
+                if other > mesh_dim and isinstance(inner, Shard) and inner.dim == placement.dim
+            ]
+            if prod(behind) != placement.split_factor or last:
+                raise CheckpointError(
+                    f"tensor {name}: its placements {tensor.placements} are not those of fully_shard over tensor "
+                    "parallelism; redistribute it to Shard or Replicate"
+                )
+            last.append((mesh_dim, placement.dim))
+        elif not isinstance(placement, Replicate):
             raise CheckpointError(
                 f"tensor {name}: placement {placement} cannot be saved or loaded; redistribute it to Shard or Replicate"
             )
-    if tensor.device_mesh.get_coordinate() is None:  # this rank is outside the mesh
-        return Box(offsets=(0,) * tensor.dim(), sizes=(0,) * tensor.dim())
-    (chunk,) = tensor.__create_chunk_list__()
-    return Box(offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes))
+    return cuts + last
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from math import prod
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, _foreach_lerp_, _foreach_mul_, nn  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.tensor import DTensor, distribute_tensor
+import torch.distributed as dist
+from torch import Tensor, _foreach_lerp_, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from launch.checkpoint.layout import Box
+from launch.checkpoint.shards import local_box, local_tensor
 from launch.config import Seconds
 from launch.engine.deepspeed_keys import check_deepspeed_keys
 from launch.errors import CheckpointError, ConfigError
@@ -30,6 +34,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if torch sees one
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: compute in bf16; master weights, reductions, states stay fp32
     replicas: int = 1  # fsdp2: hybrid sharding, this many replicas of the model, each sharded over world/replicas ranks
+    tensor_parallel: int = 1  # fsdp2: split each layer over groups of this many neighbouring ranks, which share batches
     reshard_after_forward: bool = True  # fsdp2: free a block's gathered weights between its forward and its backward
     cpu_offload: bool = False  # fsdp2, zero: keep what is sharded in host memory (zero1, zero2: but the weights)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # zero: raw keys of DeepSpeed's own configuration
@@ -42,6 +47,7 @@ class EngineConfig:
         zeros = ("zero1", "zero2", "zero3")
         for name, default, strategies in (
             ("replicas", 1, ("fsdp2",)),
+            ("tensor_parallel", 1, ("fsdp2",)),
             ("cpu_offload", False, ("fsdp2", *zeros)),
             ("deepspeed", {}, zeros),
         ):
@@ -50,6 +56,10 @@ class EngineConfig:
                     f"{path}.{name} = {getattr(self, name)} works with strategy {', '.join(strategies)}, not "
                     f"{self.strategy}; set {path}.strategy={strategies[0]} or {path}.{name}={str(default).lower()}"
                 )
+        if self.tensor_parallel < 1:
+            raise ConfigError(
+                f"{path}.tensor_parallel = {self.tensor_parallel}; the smallest is 1, which splits nothing"
+            )
         if self.strategy == "zero1" and self.precision == "bf16":
             raise ConfigError(
                 f"{path}.strategy = zero1 with {path}.precision = bf16: DeepSpeed would accumulate gradients in bf16 "
@@ -98,6 +108,28 @@ def state_bytes_per_parameter(config: EngineConfig, world_size: int) -> float:
     }[config.strategy]
 
 
+def data_world_size(config: EngineConfig, world_size: int) -> int:
+    """How many different parts a global batch is dealt into: the ranks of a tensor group read the same one.
+
+    `ConfigError` if the ranks cannot be grouped as `config` says.
+    """
+    for name, value, limit in (
+        ("tensor_parallel", config.tensor_parallel, world_size),
+        ("replicas", config.replicas, world_size // config.tensor_parallel),
+    ):
+        if value < 1 or limit % value or limit < 1:
+            divisors = [n for n in range(1, limit + 1) if limit % n == 0]
+            of = (
+                f" / engine.tensor_parallel {config.tensor_parallel}"
+                if name == "replicas" and limit < world_size
+                else ""
+            )
+            raise ConfigError(
+                f"engine.{name} = {value} does not divide the world size {world_size}{of}; use one of {divisors}"
+            )
+    return world_size // config.tensor_parallel
+
+
 class TrainableModel(Protocol):
     """What an engine asks of a model, besides being an `nn.Module` that can be built on the meta device."""
 
@@ -115,6 +147,24 @@ class TrainableModel(Protocol):
         ...
 
 
+Split = Literal["column", "row", "region", "random-region"]
+
+
+@runtime_checkable
+class SplittableModel(TrainableModel, Protocol):
+    """A model whose layers can be split over a tensor group."""
+
+    def tensor_parallel_plan(self) -> Mapping[str, Split]:
+        """How each module, by name, is split (Megatron-LM, arXiv 1909.08053).
+
+        "column" and "row" are linear layers split by outputs and by inputs; what one hands to the other is a part of
+        the features or heads. A "region" is a module that takes the whole residual stream, works on its part with such
+        layers, and gives the whole stream back: parameters in it that are not split see one part only, so their
+        gradients are added up. In a "random-region" each rank draws random numbers of its own (attention dropout).
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class StepInfo:
     grad_norm: float  # of the global gradient before clipping; the same on every rank
@@ -123,6 +173,8 @@ class StepInfo:
 
 class Engine(Protocol):
     module: nn.Module  # what clients call
+    data_rank: int  # which part of the global batch this rank reads, of
+    data_world_size: int  # parts; ranks that read the same part compute the same loss
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate d(loss). `loss` is a local sum over the global count; only `last` communicates. Collective."""
@@ -162,12 +214,18 @@ class Engine(Protocol):
 def parameter_groups(
     parameters: Mapping[str, nn.Parameter], no_decay: Callable[[str], bool], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """AdamW's groups: parameters that decay, and those that are exempt; without empty ones."""
-    groups = [
-        {"params": [p for n, p in parameters.items() if no_decay(n) == exempt], "weight_decay": decay}
-        for exempt, decay in ((False, weight_decay), (True, 0.0))
+    """AdamW's groups: parameters that decay, and those that are exempt; without empty ones.
+
+    Tensor parallelism leaves parameters on two meshes, and one fused update cannot span both.
+    """
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        mesh = p.device_mesh if isinstance(p, DTensor) else None
+        groups.setdefault((no_decay(name), mesh), []).append(p)
+    return [
+        {"params": params, "weight_decay": 0.0 if exempt else weight_decay}
+        for (exempt, _), params in sorted(groups.items(), key=lambda item: item[0][0])
     ]
-    return [group for group in groups if group["params"]]
 
 
 class Updates:
@@ -192,10 +250,7 @@ class Updates:
     @torch.no_grad()
     def step(self, lr: float, accept: Callable[[float], bool]) -> StepInfo:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = float(
-            norm.full_tensor() if isinstance(norm, DTensor) else norm
-        )  # the one host synchronisation of a step
+        norm = float(global_norm(gradients))  # the one host synchronisation of a step
         applied = accept(norm)
         if applied:
             if self._clip is not None and norm > self._clip:
@@ -242,6 +297,30 @@ class Updates:
                     _local(self.parameters[name]).copy_(weights)
 
 
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """float64 []: the 2-norm of the whole gradient, bit for bit the same on every rank.
+
+    Plain tensors are whole on every rank. Of DTensors, on one mesh or several, each element lies on as many ranks as
+    the world has replicas of its shard, and one exchange adds up all of them.
+    """
+    norms = torch.stack(_foreach_norm([_local(g) for g in gradients])).double()
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    if not sharded:
+        return norms.square().sum().sqrt()
+    world = dist.get_world_size()
+    copies = torch.tensor([world // _shards(g) for g in sharded], dtype=torch.float64, device=norms.device)
+    total = (
+        (norms.square() / copies).sum().to(sharded[0].device_mesh.device_type)
+    )  # offloaded gradients are on the host
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def _shards(tensor: DTensor) -> int:
+    mesh = tensor.device_mesh
+    return prod(mesh.size(dim) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, rules: TrainableModel, seed: int) -> None:
     """Fill every parameter (or this rank's shard of it) from the stream of its name.
@@ -281,13 +360,28 @@ def load_weights(state: Mapping[str, Tensor], weights: Iterable[tuple[str, Tenso
 
 
 def _fill(tensor: Tensor, full: Tensor) -> None:
-    """Copy `full`, or this rank's part of it, into `tensor`."""
-    if isinstance(tensor, DTensor):
-        # src_data_rank=None: cut the local copy, which is equal on every rank, instead of scattering rank 0's
-        shard = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        _local(tensor).copy_(shard.to_local())
-    else:
-        tensor.copy_(full)
+    """Copy `full`, equal on every rank, or this rank's part of it, into `tensor`."""
+    box = local_box("to fill", tensor)
+    whole = Box(offsets=(0,) * full.dim(), sizes=tuple(full.shape))
+    local_tensor(tensor).copy_(full[box.slices_within(whole)])
+
+
+@torch.no_grad()
+def whole_copy(
+    build_model: Callable[[], Any], config: EngineConfig, device: torch.device, weights: Callable[[str], Tensor]
+) -> nn.Module:
+    """A copy of the model for evaluation, apart from the engine and its hooks: forwards need no communication.
+
+    In the type of training, filled with the full tensors that `weights` gives for each parameter's name. Collective if
+    `weights` is, which is called in the same order on every rank.
+    """
+    with torch.device(device):
+        model = build_model()
+    if config.precision == "bf16":
+        model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights(name))
+    return model.eval()
 
 
 def prepare_blocks(model: TrainableModel, config: EngineConfig) -> None:

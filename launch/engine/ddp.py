@@ -26,6 +26,7 @@ class DDP:
         initialise(model, model, seed)
         prepare_blocks(model, config)
         self._runtime, self._precision = runtime, config.precision
+        self.data_rank, self.data_world_size = runtime.rank, runtime.world_size
         self._model = model
         self._updates = Updates(model, model.no_decay, optimizer, config.ema_decay)
         if config.precision == "bf16":

@@ -1,7 +1,9 @@
 """Weights, gradients and optimizer states sharded over ranks (PyTorch `fully_shard`; ZeRO stage 3, or hybrid).
 
-Order for each block: activation checkpointing, compilation, `fully_shard`. The optimizer is built last, because
-`fully_shard` replaces the parameters. The head belongs to the root unit, which stays gathered through the backward.
+The ranks form a mesh (replicate, shard, tensor); a dimension that the configuration does not ask for has size 1 or is
+left out. Order for each block: split over the tensor group, activation checkpointing, compilation, `fully_shard` over
+the other two. The optimizer is built last, because `fully_shard` replaces the parameters. The head belongs to the root
+unit, which stays gathered through the backward.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
-from launch.engine.base import EngineConfig, OptimizerConfig, StepInfo, Updates, initialise, prepare_blocks
-from launch.errors import ConfigError
+from launch.engine.base import (
+    EngineConfig,
+    OptimizerConfig,
+    StepInfo,
+    Updates,
+    data_world_size,
+    initialise,
+    prepare_blocks,
+    whole_copy,
+)
+from launch.engine.tensor_parallel import add_up, split
 from launch.runtime import Runtime
 
 
@@ -29,17 +40,22 @@ class FSDP2:
         seed: int,
     ):
         self._mesh = _mesh(config, runtime)
+        self._build_model = build_model
+        self.data_rank = runtime.rank // config.tensor_parallel  # a tensor group is made of neighbours
+        self.data_world_size = data_world_size(config, runtime.world_size)
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None, reduce_dtype=torch.float32
         )
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
         with torch.device("meta"):
             model = build_model()
+        seen_in_part = split(model, self._mesh["tensor"]) if config.tensor_parallel > 1 else []
         prepare_blocks(model, config)
+        data_mesh = self._mesh[tuple(name for name in self._mesh.mesh_dim_names or () if name != "tensor")]
         for unit in (*model.blocks, model):
             fully_shard(
                 unit,
-                mesh=self._mesh,
+                mesh=data_mesh,
                 mp_policy=precision,
                 offload_policy=offload,
                 reshard_after_forward=config.reshard_after_forward if unit is not model else False,
@@ -54,6 +70,7 @@ class FSDP2:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
         self._updates = Updates(model, model.no_decay, optimizer, config.ema_decay)
+        self._seen_in_part = [self._updates.parameters[name] for name in seen_in_part]
         self._config, self._runtime = config, runtime
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -63,10 +80,27 @@ class FSDP2:
         loss.backward()
 
     def step(self, lr: float, accept: Callable[[float], bool]) -> StepInfo:
+        if self._seen_in_part:
+            add_up([p.grad for p in self._seen_in_part], self._mesh["tensor"])
         return self._updates.step(lr, accept)
 
     def state(self) -> dict[str, Tensor]:
-        return self._updates.state()
+        """All on the whole mesh: a parameter that is not split is replicated over the tensor group."""
+        return {name: self._on_whole_mesh(tensor) for name, tensor in self._updates.state().items()}
+
+    def _on_whole_mesh(self, tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, DTensor)
+        missing = self._mesh.ndim - tensor.device_mesh.ndim
+        if not missing:
+            return tensor
+        return DTensor.from_local(
+            tensor.to_local(),
+            self._mesh,
+            [*tensor.placements, *[Replicate()] * missing],
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
 
     def scalars(self) -> dict[str, Any]:
         return self._updates.scalars()
@@ -88,7 +122,10 @@ class FSDP2:
                 for unit in self._units:
                     unit.set_reshard_after_forward(False, recurse=False)
                     unit.unshard()
-                yield self.module
+                if self._config.tensor_parallel > 1:  # its layers communicate in every forward
+                    yield self._whole_copy()
+                else:
+                    yield self.module
                 for unit in self._units:
                     unit.reshard()
         finally:
@@ -96,6 +133,19 @@ class FSDP2:
                 keep = unit is self.module or not self._config.reshard_after_forward
                 unit.set_reshard_after_forward(not keep, recurse=False)
             self.module.train()
+
+    def _whole_copy(self) -> nn.Module:
+        """Collective. From weights that are gathered over the data ranks; frees these."""
+        gathered = dict(self.module.named_parameters())
+
+        def weights(name: str) -> Tensor:
+            p = gathered[name]
+            return p.full_tensor() if isinstance(p, DTensor) else p
+
+        model = whole_copy(self._build_model, self._config, self._runtime.device, weights)
+        for unit in self._units:
+            unit.reshard()
+        return model
 
     def describe(self) -> str:
         sharded = [isinstance(p, DTensor) for p in self.module.parameters()]
@@ -111,10 +161,8 @@ class FSDP2:
 
 
 def _mesh(config: EngineConfig, runtime: Runtime) -> DeviceMesh:
-    world, replicas = runtime.world_size, config.replicas
-    if replicas < 1 or world % replicas:
-        divisors = [r for r in range(1, world + 1) if world % r == 0]
-        raise ConfigError(f"engine.replicas = {replicas} does not divide the world size {world}; use one of {divisors}")
-    if replicas == 1:
-        return init_device_mesh(runtime.device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(runtime.device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    """The ranks as (replicate, shard, tensor), without the first or the last where its size is 1."""
+    shards = data_world_size(config, runtime.world_size) // config.replicas
+    sizes = {"replicate": config.replicas, "shard": shards, "tensor": config.tensor_parallel}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(runtime.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))

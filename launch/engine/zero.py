@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from launch.engine.base import EngineConfig, OptimizerConfig, StepInfo, parameter_groups, prepare_blocks
+from launch.engine.base import EngineConfig, OptimizerConfig, StepInfo, parameter_groups, prepare_blocks, whole_copy
 from launch.errors import ConfigError
 from launch.random import generator, stream_key
 from launch.runtime import Runtime
@@ -86,6 +86,7 @@ class ZeRO:
         settings = deepspeed_settings(config, optimizer)
         self._stage = int(settings["zero_optimization"]["stage"])
         self._config, self._runtime, self._build_model = config, runtime, build_model
+        self.data_rank, self.data_world_size = runtime.rank, runtime.world_size
         self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # read in every step, launcher or not
         if self._stage == 3:
@@ -262,16 +263,15 @@ class ZeRO:
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        """Collective. A whole copy of the model in the type of training, apart from DeepSpeed and its hooks."""
-        with torch.device(self._runtime.device):
-            model = self._build_model()
-        if self._config.precision == "bf16":
-            model.to(torch.bfloat16)
+        """Collective. A whole copy of the model, apart from DeepSpeed and its hooks."""
         key = "ema" if self._config.ema_decay is not None else None
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self._gather(self._parameters[name], key))
-            yield model.eval()
+            yield whole_copy(
+                self._build_model,
+                self._config,
+                self._runtime.device,
+                lambda name: self._gather(self._parameters[name], key),
+            )
 
     def describe(self) -> str:
         engine: Any = self.module

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launch.engine import Split
 from llm.backbones.attention import Attention, RMSNorm, Rotary, rotary_table, sdpa_mask
 from llm.backbones.config import InputSpec, ModelConfig
 from llm.backbones.inputs import InputLayer
@@ -113,3 +114,15 @@ class Llama(nn.Module):
 
     def no_decay(self, name: str) -> bool:
         return no_decay(name)
+
+    def tensor_parallel_plan(self) -> dict[str, Split]:
+        """Attention by heads, feed-forward by hidden features; table, norms and head stay whole."""
+        plan: dict[str, Split] = {}
+        for i in range(len(self.blocks)):
+            plan[f"blocks.{i}.attention"] = "random-region" if self.config.dropout else "region"
+            plan |= {f"blocks.{i}.attention.{name}": "column" for name in ("q", "k", "v")}
+            plan[f"blocks.{i}.attention.out"] = "row"
+            plan[f"blocks.{i}.mlp"] = "region"
+            plan |= {f"blocks.{i}.mlp.{name}": "column" for name in ("gate", "up")}
+            plan[f"blocks.{i}.mlp.down"] = "row"
+        return plan

@@ -1,0 +1,78 @@
+"""The layers of each block split over a tensor group (Megatron-LM, arXiv 1909.08053), by torch's `parallelize_module`.
+
+Between regions (see `SplittableModel`) every rank of the group holds the same residual stream; a region costs one
+all-reduce of it in the forward and one in the backward. Everything outside regions is computed by all ranks alike, so
+its gradients are equal without being exchanged.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from launch.engine.base import SplittableModel
+from launch.errors import ConfigError
+
+
+def split(model: Any, mesh: DeviceMesh) -> list[str]:
+    """Split the layers of `model` over `mesh` in place, as its plan says.
+
+    Returns the names of the parameters whose gradients `add_up` must complete: whole ones, inside of regions.
+    """
+    if not isinstance(model, SplittableModel):
+        raise ConfigError(
+            f"engine.tensor_parallel = {mesh.size()}, but {type(model).__name__} has no plan for splitting its layers; "
+            "use engine.tensor_parallel=1"
+        )
+    assert isinstance(model, nn.Module)
+    plan = model.tensor_parallel_plan()
+    for name, how in plan.items():
+        module = model.get_submodule(name)
+        if how == "column" or how == "row":
+            style = ColwiseParallel() if how == "column" else RowwiseParallel()
+            parallelize_module(module, mesh, style, src_data_rank=None)
+            continue
+        # One conversion at the entrance, and not one at each layer inside: their gradients are then added up before
+        # they are exchanged.
+        module.register_forward_pre_hook(partial(_enter, mesh))
+        if how == "random-region":
+            module.forward = partial(_with_own_draws, module.forward, mesh.get_local_rank())
+    return [
+        f"{name}.{inner}"
+        for name, how in plan.items()
+        if how.endswith("region")
+        for inner, p in model.get_submodule(name).named_parameters()
+        if not isinstance(p, DTensor)
+    ]
+
+
+def add_up(gradients: list[Tensor | None], mesh: DeviceMesh) -> None:
+    """Collective. Replace gradients, each that of a rank's part of the heads, by their sum over the tensor group."""
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
+    flat = torch.cat([g.flatten() for g in local])
+    dist.all_reduce(flat, group=mesh.get_group())
+    for gradient, total in zip(local, flat.split([g.numel() for g in local]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+def _enter(mesh: DeviceMesh, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:]
+
+
+@torch.compiler.disable(recursive=False)
+def _with_own_draws(forward: Callable[..., Tensor], rank: int, *inputs: Any) -> Tensor:
+    """Call `forward` with random numbers that differ between the ranks of a tensor group.
+
+    The group's common generator moves on by one draw whatever happens inside, so that the dropout of the residual
+    stream stays the same on all of them. Activation checkpointing restores it, and with it the draws in here.
+    """
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + rank)
+        return forward(*inputs)
