@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, cast, get_args
 from launch.config import Count, unknown_key
 from launch.errors import ConfigError
 from launch.experiment import Experiment
-from llm.backbones import InputKind, InputSpec, ModelConfig, resolve_input_kind
+from llm.backbones import InputKind, InputSpec, ModelConfig, check_tensor_parallel, resolve_input_kind
 from llm.data.stream import DataConfig
 from llm.diffusion.codec import Codec, build_codec
 from llm.diffusion.likelihood import Order
@@ -155,3 +155,7 @@ class LanguageConfig(Experiment):
     initial_weights: str | None = None  # start from the weights of this exported folder instead of random ones
 
     may_change: ClassVar[tuple[str, ...]] = ("evaluation.", "sampling.", "data.verify", "initial_weights")
+
+    def check(self, path: str) -> None:
+        del path  # the root
+        check_tensor_parallel(self.model, self.engine.tensor_parallel)

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from launch.engine.base import SplittableModel
 from launch.errors import ConfigError
+from launch.random import stream_key
 
 
 def split(model: Any, mesh: DeviceMesh) -> list[str]:
@@ -42,7 +43,7 @@ def split(model: Any, mesh: DeviceMesh) -> list[str]:
         # they are exchanged.
         module.register_forward_pre_hook(partial(_enter, mesh))
         if how == "random-region":
-            module.forward = partial(_with_own_draws, module.forward, mesh.get_local_rank())
+            module.forward = partial(_with_own_draws, module.forward, name, mesh)
     return [
         f"{name}.{inner}"
         for name, how in plan.items()
@@ -55,7 +56,7 @@ def split(model: Any, mesh: DeviceMesh) -> list[str]:
 def add_up(gradients: list[Tensor | None], mesh: DeviceMesh) -> None:
     """Collective. Replace gradients, each that of a rank's part of the heads, by their sum over the tensor group."""
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
-    flat = torch.cat([g.flatten() for g in local])
+    flat = torch.cat([g.flatten() for g in local]).to(mesh.device_type)  # offloaded gradients are on the host
     dist.all_reduce(flat, group=mesh.get_group())
     for gradient, total in zip(local, flat.split([g.numel() for g in local]), strict=True):
         gradient.copy_(total.view_as(gradient))
@@ -66,13 +67,14 @@ def _enter(mesh: DeviceMesh, _module: nn.Module, inputs: tuple[Any, ...]) -> tup
 
 
 @torch.compiler.disable(recursive=False)
-def _with_own_draws(forward: Callable[..., Tensor], rank: int, *inputs: Any) -> Tensor:
+def _with_own_draws(forward: Callable[..., Tensor], name: str, mesh: DeviceMesh, *inputs: Any) -> Tensor:
     """Call `forward` with random numbers that differ between the ranks of a tensor group.
 
-    The group's common generator moves on by one draw whatever happens inside, so that the dropout of the residual
-    stream stays the same on all of them. Activation checkpointing restores it, and with it the draws in here.
+    They are a function of the seed that the client last gave torch (for a micro-batch, say), the module's name and the
+    rank. The group's common stream is left as it was, so the dropout of the residual stream stays the same everywhere.
     """
-    seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + rank)
+    devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else []
+    key = stream_key(torch.initial_seed(), name, mesh.get_local_rank())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(key)
         return forward(*inputs)

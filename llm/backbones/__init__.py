@@ -1,6 +1,13 @@
 """Transformer backbones: `build` makes one from its configuration, on the device that is current (meta included)."""
 
-from llm.backbones.config import InputKind, InputSpec, ModelConfig, check_input, resolve_input_kind
+from llm.backbones.config import (
+    InputKind,
+    InputSpec,
+    ModelConfig,
+    check_input,
+    check_tensor_parallel,
+    resolve_input_kind,
+)
 from llm.backbones.dit import DiT
 from llm.backbones.flops import ParameterCount, TrainingFlops, count_parameters, training_flops
 from llm.backbones.llama import Llama
@@ -12,6 +19,7 @@ __all__ = [
     "ParameterCount",
     "TrainingFlops",
     "build",
+    "check_tensor_parallel",
     "count_parameters",
     "resolve_input_kind",
     "training_flops",

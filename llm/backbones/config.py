@@ -3,6 +3,7 @@
 The two are apart because the first is chosen by the experiment and the second follows from tokenizer and granularity.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +55,7 @@ class ModelConfig:
     ffn: int | None = None  # hidden size of the feed-forward layer; null = 4 * width
     qk_norm: bool = False  # RMSNorm on every query and key head before the rotation
     tied: bool = False  # read the logits off the input token table (llama with token inputs only)
-    dropout: float = 0.0  # drawn for whole micro-batches, so results then depend on train.micro_batch
+    dropout: float = 0.0  # results then depend on train.micro_batch and engine.tensor_parallel, which draws share
     rope_base: float = 10000.0  # wavelength base of the rotary position embedding
     norm_eps: float = 1e-5  # added to the mean square (or variance) in every norm
     init: Literal["tinyllama", "megatron", "mdlm"] = "tinyllama"  # initial weights; dit needs mdlm, llama the others
@@ -132,3 +133,23 @@ def check_input(config: ModelConfig, input_layer: InputSpec, num_classes: int) -
             f"model.tied = true needs a row of the token table for each of the {num_classes} classes, and it has "
             f"{input_layer.num_symbols}; set model.tied to false"
         )
+
+
+def check_tensor_parallel(config: ModelConfig, ranks: int) -> None:
+    """Raise ConfigError unless every block can be split evenly over a tensor group of `ranks`."""
+    if ranks <= 1:  # `EngineConfig` refuses what is below
+        return
+    if config.kind == "dit":
+        raise ConfigError(
+            f"engine.tensor_parallel = {ranks} does not go with model.kind = 'dit', whose layers have no plan for it; "
+            "use engine.tensor_parallel=1, or kind: llama"
+        )
+    numbers = {"heads": config.heads, "kv_heads": config.num_kv_heads, "ffn": config.ffn_width}
+    for key, value in numbers.items():
+        if value % ranks:
+            common = math.gcd(*numbers.values())
+            divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise ConfigError(
+                f"engine.tensor_parallel = {ranks} does not divide model.{key} = {value}; use one of {divisors}, which "
+                "divide heads, kv_heads and ffn"
+            )

@@ -50,6 +50,9 @@ class Model(nn.Module):
     def no_decay(self, name):
         return name.startswith("table")
 
+    def tensor_parallel_plan(self):
+        return {f"blocks.{i}.{name}": how for i in range(2) for name, how in (("up", "column"), ("down", "row"))}
+
 
 def tokens_of(step):
     return torch.randint(0, V, (B, L), generator=torch.Generator().manual_seed(step))
@@ -71,14 +74,15 @@ def run(config, micro_steps, tied, folder):
     engine = build_engine(lambda: Model(tied), config, OptimizerConfig(clip=0.5), here, seed=3)
     curve = []
     for step in range(STEPS):
-        mine = tokens_of(step)[here.rank :: here.world_size]
+        mine = tokens_of(step)[engine.data_rank :: engine.data_world_size]
         total = torch.zeros(())
         for i, rows in enumerate(mine.chunk(micro_steps)):
             loss = loss_of(engine.module, rows, B * (L - 1))
             engine.backward(loss, last=i == micro_steps - 1)
             total += loss.detach()
         info = engine.step(0.01, lambda norm, step=step: step != 2)  # step 2 is refused
-        curve.append((float(here.all_reduce_sum(total)), info.grad_norm, info.applied))
+        copies = here.world_size // engine.data_world_size
+        curve.append((float(here.all_reduce_sum(total)) / copies, info.grad_norm, info.applied))
     weights = {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in engine.state().items()}
     with engine.evaluation() as model:
         # a different number of forwards on each rank must neither hang nor change anything
@@ -125,6 +129,13 @@ CASES = [
     (2, EngineConfig(strategy="fsdp2", cpu_offload=True), 1),
     (2, EngineConfig(strategy="fsdp2", activation_checkpointing="full"), 1),
     (2, EngineConfig(strategy="fsdp2", activation_checkpointing="selective"), 2),
+    (2, EngineConfig(strategy="fsdp2", tensor_parallel=2), 1),
+    (4, EngineConfig(strategy="fsdp2", tensor_parallel=2), 3),
+    (4, EngineConfig(strategy="fsdp2", tensor_parallel=4), 2),
+    (6, EngineConfig(strategy="fsdp2", tensor_parallel=2), 2),  # 8 rows of a rank over 3 ranks: uneven shards
+    (4, EngineConfig(strategy="fsdp2", tensor_parallel=2, replicas=2, reshard_after_forward=False), 1),
+    (4, EngineConfig(strategy="fsdp2", tensor_parallel=2, activation_checkpointing="full"), 2),
+    (2, EngineConfig(strategy="fsdp2", tensor_parallel=2, cpu_offload=True), 2),
     (1, EngineConfig(strategy="zero1"), 2),
     (2, EngineConfig(strategy="zero1"), 2),
     (3, EngineConfig(strategy="zero1", cpu_offload=True), 1),
