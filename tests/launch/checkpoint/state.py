@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from launch.checkpoint import CheckpointStore
 from launch.runtime import Runtime, start
@@ -21,7 +22,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "ema.count": ((9,), torch.int64),
     "model.scalar": ((), torch.float32),
 }
-KINDS = ("plain", "replicate", "shard", "hsdp", "grid")
+KINDS = ("plain", "replicate", "shard", "hsdp", "grid", "split")
 
 
 def full(name: str, step: int = 0) -> Tensor:
@@ -39,6 +40,8 @@ def held_as(kind: str, world_size: int, *, step: int | None = 0) -> dict[str, Te
     values = {name: full(name, step) if step is not None else torch.full_like(full(name), -7) for name in SHAPES}
     if kind == "plain":
         return values
+    if kind == "split":
+        return {name: split_then_sharded(value, world_size) for name, value in values.items()}
     side = 2 if world_size == 4 else 1
     mesh = init_device_mesh("cpu", (world_size,) if kind in ("replicate", "shard") else (side, world_size // side))
 
@@ -50,6 +53,21 @@ def held_as(kind: str, world_size: int, *, step: int | None = 0) -> dict[str, Te
         return [Replicate() if kind == "hsdp" else Shard(min(1, value.dim() - 1)), Shard(0)]
 
     return {name: distribute_tensor(value, mesh, placements(value)) for name, value in values.items()}
+
+
+def split_then_sharded(value: Tensor, world_size: int) -> Tensor:
+    """As `fully_shard` leaves rows that tensor parallelism has split: over 2 ranks if it can, its own cut last."""
+    tensor = 2 if world_size % 2 == 0 else 1
+    mesh = init_device_mesh("cpu", (world_size // tensor, tensor))
+    if value.dim() == 0:
+        return distribute_tensor(value, mesh, [Replicate()] * 2)
+    local = value
+    for mesh_dim in (1, 0):
+        parts = local.chunk(mesh.size(mesh_dim))
+        index = mesh.get_local_rank(mesh_dim)
+        local = parts[index].clone() if index < len(parts) else local.new_empty((0, *local.shape[1:]))
+    placements = [_StridedShard(0, split_factor=tensor) if tensor > 1 else Shard(0), Shard(0)]
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
 def differing(state: dict[str, Tensor], step: int = 0) -> list[str]:

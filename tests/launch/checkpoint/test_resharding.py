@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from launch.checkpoint import CheckpointStore, layout
 from launch.checkpoint.layout import Box, SavedTensor
-from launch.checkpoint.shards import owned_boxes
+from launch.checkpoint.shards import local_box, owned_boxes
 from launch.errors import CheckpointError
 from tests.launch.checkpoint import state
 from tests.processes import spawn
@@ -124,6 +125,29 @@ def test_parameters_and_adam_moments_move_between_fsdp2_hybrid_sharding_and_plai
         for rank in spawn(load_trained, world_size, list(saved), kind, group=False):
             for loaded, expected in zip(rank, saved.values(), strict=True):
                 assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def refusals() -> list[str]:
+    mesh = init_device_mesh("cpu", (2, 2))
+    said = []
+    for placements in (
+        [_StridedShard(0, split_factor=4), Shard(0)],
+        [_StridedShard(0, split_factor=2), Shard(1)],
+        [Shard(0), Partial()],
+    ):
+        tensor = DTensor.from_local(torch.ones(2, 2), mesh, placements, run_check=False)
+        try:
+            local_box("model.x", tensor)
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def test_placements_that_no_engine_makes_are_refused_with_the_name_of_the_tensor() -> None:
+    for strided, other_dimension, partial in spawn(refusals, 4):
+        assert "tensor model.x" in strided and "not those of fully_shard over tensor parallelism" in strided
+        assert "not those of fully_shard" in other_dimension
+        assert "tensor model.x: placement P" in partial and "redistribute it" in partial
 
 
 def box(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[str, Box]:
