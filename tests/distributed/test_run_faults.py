@@ -177,6 +177,17 @@ def test_after_max_failures_full_disks_in_a_row_the_run_stops_and_says_what_to_d
     train(tiny.prime, 2, run, *SHARDED, "train.steps=10")
 
 
+def test_a_disk_that_is_too_full_for_the_metrics_ends_the_run_with_a_remedy(tiny: Tiny, tmp_path: Path) -> None:
+    run = train(tiny.prime, 2, tmp_path / "run", *SHARDED)
+    limited = Ranks(tiny.prime, 2, run, *SHARDED, "train.steps=10", largest_file=3000).wait()  # a row has 600 bytes
+    assert limited.codes == [EXIT_USER_ERROR, 1], limited.output
+    assert f"error: cannot write to {run}: [Errno 27] File too large; " in limited.output
+    assert "ulimit -f" in limited.output
+    assert steps_saved(run) == [4, 6]
+    whole = train(tiny.prime, 2, tmp_path / "whole", *SHARDED, "train.steps=10")
+    assert curve(train(tiny.prime, 2, run, *SHARDED, "train.steps=10")) == curve(whole)
+
+
 # --- not a number ----------------------------------------------------------------------------------------------------
 
 GUARDED = (*SHARDED, "guard.max_consecutive_skips=2", "guard.max_rollbacks=1", "train.steps=10")
