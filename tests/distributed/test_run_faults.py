@@ -83,6 +83,15 @@ def test_a_kill_inside_a_save_costs_the_steps_since_the_save_before(tiny: Tiny, 
     assert curve(run) == curve(whole)
 
 
+def test_a_rank_that_dies_in_the_last_save_is_no_error_of_the_user(tiny: Tiny, tmp_path: Path) -> None:
+    """A cluster starts a run again whose node has failed, but not one whose configuration is wrong."""
+    ended = Ranks(tiny.prime, 2, tmp_path, *SHARDED, fault="checkpoint.sync:kill:1:3").wait()
+    assert ended.codes == [1, -signal.SIGKILL], ended.output
+    assert "saving step 6: another rank did not answer; see its log" in ended.output
+    train(tiny.prime, 2, tmp_path, *SHARDED)
+    assert steps_saved(tmp_path) == [4, 6]
+
+
 # --- damaged ---------------------------------------------------------------------------------------------------------
 
 
