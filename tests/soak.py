@@ -466,11 +466,12 @@ class Run:
         self.steps_trained = 0
         self._config, self._options = config, options
         self._pace, self._cable, self._disk = pace, cable, disk
+        self._held: set[int] = set()  # steps whose checkpoint was there and whole after the last attempt
         self._damaged: set[int] = set()
 
     def go_on(self, moment: Moment | None, target: int) -> tuple[Seen, str]:
         """An attempt to come to `target`, and everything that must be true after it; how it ended, and a line."""
-        before = self._published()
+        before = self._held
         begin = time.monotonic()
         ranks = Ranks(
             self._config,
@@ -496,13 +497,13 @@ class Run:
         try:
             if not (moment.allows(seen) if moment else seen.only(EXIT_OK)):
                 raise Broken("these exit codes are not allowed")
-            self._check(before, seen, target)
+            self._held = self._check(before, seen, target)
         except AssertionError as error:
             raise Broken(f"{error}\n{words}\n{seen.output}") from error
         if moment and (step := moment.afterwards(self.folder)) is not None:
             self._damaged.add(step)
-        newest = max(self._published(), default=0)
-        return seen, f"step {max(before, default=0)} -> {newest} of {target}; {words}"
+            self._held.remove(step)
+        return seen, f"step {max(before, default=0)} -> {max(self._held, default=0)} of {target}; {words}"
 
     def check_end(self, last: int) -> None:
         """Every bit, every row, and nothing left of the saves that failed."""
@@ -513,7 +514,8 @@ class Run:
         if names != ["latest", *(checkpoint(self.folder, step).name for step in steps_saved(self.folder)[-KEEP:])]:
             raise Broken(f"the folder of checkpoints holds {names}")
 
-    def _check(self, before: set[int], seen: Seen, target: int) -> None:
+    def _check(self, before: set[int], seen: Seen, target: int) -> set[int]:
+        """Raises `Broken`, or returns what is published now."""
         after = self._published()
         self._damaged -= after
         if torn := set(steps_saved(self.folder)) - after - self._damaged:
@@ -540,6 +542,7 @@ class Run:
             if int(started[1]) != resumed:
                 raise Broken(f"it began at step {started[1]}, but the newest whole checkpoint was of step {resumed}")
             self.steps_trained += len(rows[0]) - resumed
+        return after
 
     def _published(self) -> set[int]:
         return {step for step in steps_saved(self.folder) if content(checkpoint(self.folder, step)) is not None}
@@ -618,7 +621,7 @@ def soak(
     done: list[Moment] = []
     missed = 0
     with ExitStack() as stack:
-        cable, disk = Cable(), Disk(folder / "run", 16 * 2**20 + len(indices) * 2**16)
+        cable, disk = Cable(), Disk(folder / "run", f"size={16 * 2**10 + 64 * len(indices)}k")
         without = {name for name, place in (("cable", cable), ("disk", disk)) if not _is_permitted(stack, place)}
         whole = train_whole(config, folder / "whole", options, STRIDE * (indices[-1] + 2))
         pace = rehearse(config, folder / "rehearsal", options)
