@@ -12,12 +12,14 @@ What is hurt is the newest state of a run that has been hurt before: nothing is 
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,11 +27,12 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from launch.checkpoint.commit import FAULT_POINTS
+from launch.metrics import metrics_path
 from launch.stop import EXIT_HUNG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from launch.watch import read_health
 from tests.cable import Cable
@@ -56,18 +59,32 @@ class Broken(AssertionError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds that things take on this machine."""
+
+    start: float  # from the start of the ranks to the first step
+    step: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scene:
     """An attempt under way."""
 
     ranks: Ranks
     run: Path
-    pace: float  # seconds that an undisturbed attempt takes
+    pace: Pace
     cable: Cable
     disk: Disk
 
     def wait(self, at: float) -> str:
-        """Until `at` of the pace; the phase that the ranks have come to."""
-        time.sleep(at * self.pace)
+        """Until -1 <= `at` < 0 of the start-up (-1 is its begin), or `at` strides into the training; the phase then."""
+        if at < 0:
+            time.sleep((1 + at) * self.pace.start)
+            return self.phase()
+        deadline = time.monotonic() + 60
+        while self.phase() == "start" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(at * STRIDE * self.pace.step)
         return self.phase()
 
     def phase(self) -> str:
@@ -96,7 +113,6 @@ class Seen:
 class Moment:
     """What happens to one attempt, and how that may end."""
 
-    at: float = 0.0  # 0: when the ranks start; 1: when an undisturbed attempt would end
     fault: str | None = None  # UNMASK_FAULT of the ranks
     largest_file: int | None = None  # bytes
 
@@ -131,16 +147,22 @@ class Moment:
         return f"{type(self).__name__}({', '.join(words)})"
 
 
+def _at(rng: random.Random) -> float:
+    """In the start-up, in training, or (a stride takes longer than its steps) while the run ends."""
+    return rng.uniform(-1, 0) if rng.random() < 0.25 else rng.uniform(0, 1.3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kill(Moment):
     """SIGKILL of one rank, or of both, whatever they do."""
 
+    at: float
     ranks: tuple[int, ...]
     noun = "kills"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
-        return cls(at=rng.uniform(0, 0.95), ranks=rng.choice([(0,), (1,), (0, 1)]))
+        return cls(at=_at(rng), ranks=rng.choice([(0,), (1,), (0, 1)]))
 
     def strike(self, scene: Scene) -> str:
         phase = scene.wait(self.at)
@@ -177,6 +199,7 @@ class KillInSave(Moment):
 class Suspend(Moment):
     """SIGSTOP of one rank, or of both, and SIGCONT soon after: the run goes on."""
 
+    at: float
     ranks: tuple[int, ...]
     seconds: float
     noun = "suspensions"
@@ -184,7 +207,7 @@ class Suspend(Moment):
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
         ranks = rng.choice([(0,), (1,), (0, 1)])
-        return cls(at=rng.uniform(0, 0.95), ranks=ranks, seconds=rng.uniform(0.1, 3))
+        return cls(at=_at(rng), ranks=ranks, seconds=rng.uniform(0.1, 3))
 
     def strike(self, scene: Scene) -> str:
         phase = scene.wait(self.at)
@@ -201,6 +224,7 @@ class Suspend(Moment):
 class Freeze(Moment):
     """SIGSTOP of one rank, for longer than the watchdog of the other waits; then SIGCONT into a run that is dead."""
 
+    at: float
     rank: int
     noun = "suspensions"
     overrides = (
@@ -210,7 +234,7 @@ class Freeze(Moment):
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
-        return cls(at=rng.uniform(0, 0.95), rank=rng.choice([0, 1]))
+        return cls(at=_at(rng), rank=rng.choice([0, 1]))
 
     def strike(self, scene: Scene) -> str:
         scene.wait(self.at)
@@ -236,6 +260,7 @@ class Freeze(Moment):
 class Signal(Moment):
     """A request to stop, once or twice, to one rank or to both."""
 
+    at: float
     ranks: tuple[int, ...]
     numbers: tuple[int, ...]
     gap: float  # seconds between the two
@@ -245,7 +270,7 @@ class Signal(Moment):
     def draw(cls, rng: random.Random) -> Self:
         numbers = rng.choices([int(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)], k=rng.choice([1, 2]))
         ranks = rng.choice([(0,), (1,), (0, 1)])
-        return cls(at=rng.uniform(0, 0.95), ranks=ranks, numbers=tuple(numbers), gap=rng.uniform(0, 0.3))
+        return cls(at=_at(rng), ranks=ranks, numbers=tuple(numbers), gap=rng.uniform(0, 0.3))
 
     def strike(self, scene: Scene) -> str:
         phase = scene.wait(self.at)
@@ -266,13 +291,14 @@ class Signal(Moment):
 class Cut(Moment):
     """The cable between the hosts of the two ranks is pulled out, and put back before anyone has noticed."""
 
+    at: float
     seconds: float
     noun = "cuts"
     needs = "cable"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
-        return cls(at=rng.uniform(0, 0.95), seconds=rng.uniform(0.05, 2))
+        return cls(at=_at(rng), seconds=rng.uniform(0.05, 2))
 
     def strike(self, scene: Scene) -> str:
         phase = scene.wait(self.at)
@@ -290,13 +316,14 @@ class Cut(Moment):
 class Sever(Moment):
     """The cable is pulled out for longer than a collective waits: both ranks end by themselves."""
 
+    at: float
     noun = "cuts"
     needs = "cable"
     overrides = ("engine.timeout=3",)
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
-        return cls(at=rng.uniform(0, 0.95))
+        return cls(at=_at(rng))
 
     def strike(self, scene: Scene) -> str:
         phase = scene.wait(self.at)
@@ -315,6 +342,7 @@ class Sever(Moment):
 class FullDisk(Moment):
     """The disk of the run folder fills up, to the last byte or nearly so, and is freed some time later."""
 
+    at: float
     left: int  # bytes; a checkpoint takes 230 thousand, a row of metrics 600
     seconds: float
     noun = "full disks"
@@ -322,7 +350,7 @@ class FullDisk(Moment):
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
-        return cls(at=rng.uniform(0, 0.9), left=rng.choice([0, rng.randrange(250_000)]), seconds=rng.uniform(0.1, 3))
+        return cls(at=_at(rng), left=rng.choice([0, rng.randrange(250_000)]), seconds=rng.uniform(0.1, 3))
 
     def strike(self, scene: Scene) -> str:
         phase = scene.wait(self.at)
@@ -457,7 +485,7 @@ class Run:
         config: Path,
         options: Sequence[str],
         *,
-        pace: float,
+        pace: Pace,
         cable: Cable,
         disk: Disk,
     ) -> None:
@@ -541,7 +569,10 @@ class Run:
         if started := re.search(r"starts at +step (\d+)", seen.output):
             if int(started[1]) != resumed:
                 raise Broken(f"it began at step {started[1]}, but the newest whole checkpoint was of step {resumed}")
-            self.steps_trained += len(rows[0]) - resumed
+            trained = len(rows[0]) - resumed
+            self.steps_trained += trained
+            step = _step_seconds(self.folder, trained)  # other work on the machine comes and goes
+            self._pace = replace(self._pace, step=step or self._pace.step)
         return after
 
     def _published(self) -> set[int]:
@@ -588,16 +619,23 @@ def train_whole(config: Path, folder: Path, options: Sequence[str], last: int) -
     return Whole(folder=folder, contents=contents, curves=_curves(folder))
 
 
-def rehearse(config: Path, folder: Path, options: Sequence[str]) -> float:
-    """Seconds that an undisturbed attempt takes."""
+def rehearse(config: Path, folder: Path, options: Sequence[str]) -> Pace:
     begin = time.monotonic()
     train(config, WORLD, folder, *options, f"train.steps={STRIDE}")
-    return time.monotonic() - begin
+    training = _step_seconds(folder, STRIDE)
+    assert training is not None
+    return Pace(start=time.monotonic() - begin - STRIDE * training, step=training)
+
+
+def _step_seconds(run: Path, steps: int) -> float | None:
+    """The median of the newest `steps` steps; None if there are not as many."""
+    times = list(curve(run, "time").values()) if metrics_path(run).exists() else []
+    times = times[len(times) - steps :]
+    return statistics.median(b - a for a, b in itertools.pairwise(times)) if len(times) > 3 else None
 
 
 def _curves(run: Path) -> list[dict[int, float]]:
-    there = (run / "metrics.jsonl").exists()
-    return [curve(run, name) if there else {} for name in ("loss", "grad_norm")]
+    return [curve(run, name) if metrics_path(run).exists() else {} for name in ("loss", "grad_norm")]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from tests.cable import Cable
 from tests.disk import Disk
 from tests.runs import checkpoint, steps_saved, write_tiny
-from tests.soak import OPTIONS, STRIDE, Broken, Run, Whole, draw, soak, train_whole
+from tests.soak import OPTIONS, STRIDE, Broken, Pace, Run, Whole, draw, soak, train_whole
 
 SHORT = (*OPTIONS, "engine.strategy=fsdp2")
 
@@ -85,7 +85,7 @@ def repeat_a_row(run: Path) -> None:
 )
 def test_a_loss_is_found(config: Path, whole: Whole, tmp_path: Path, harm: Callable[[Path], None], words: str) -> None:
     cable, disk = Cable(), Disk(tmp_path / "run", "")  # neither is used
-    run = Run(tmp_path / "run", whole, config, SHORT, pace=1.0, cable=cable, disk=disk)
+    run = Run(tmp_path / "run", whole, config, SHORT, pace=Pace(start=1.0, step=0.1), cable=cable, disk=disk)
     run.go_on(None, STRIDE)
     harm(run.folder)
     with pytest.raises(Broken, match=words):
