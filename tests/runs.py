@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,10 +97,9 @@ def write_tiny(folder: Path) -> Tiny:
 class Accident:
     """Makes a `LanguageTask` to which, on some ranks and at some samples of the global order, something happens."""
 
-    kind: Literal["sigterm", "kill", "hang", "nan"]  # signals to the own process; endless sleep; not a number as loss
+    kind: Literal["sigterm", "hang", "nan"]  # a signal to the own process; endless sleep; not a number as loss
     ranks: tuple[int, ...]
     at: range  # global positions; step s of a run without a rollback reads 8 s to 8 s + 7
-    delay: float = 0.0  # kill: seconds later, whatever the process does then
 
     def __call__(self, config: LanguageConfig, device: torch.device, open_data: bool = True) -> LanguageTask:
         task = LanguageTask(config, device, open_data)
@@ -116,8 +114,6 @@ class Accident:
                 struck_step = step
                 if self.kind == "sigterm":
                     os.kill(os.getpid(), signal.SIGTERM)
-                if self.kind == "kill":
-                    threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
                 if self.kind == "hang":
                     time.sleep(3600)
             elif step != struck_step:

@@ -1,6 +1,5 @@
 """What goes wrong costs at most the steps since the last checkpoint, and never the result."""
 
-import random
 import shutil
 import signal
 import time
@@ -9,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint.commit import FAULT_POINTS
 from launch.stop import EXIT_DIVERGED, EXIT_HUNG, EXIT_OK, EXIT_USER_ERROR
-from llm.task import LanguageTask
 from tests.runs import (
     Accident,
     Ranks,
@@ -35,40 +32,6 @@ def steps(first: int, last: int) -> range:
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_kills_at_20_random_moments_cost_no_published_checkpoint_and_no_bit(tiny: Tiny, tmp_path: Path) -> None:
-    """While it starts, trains or saves; one of the ranks, or both."""
-    last = 160
-    options = (*SHARDED, f"train.steps={last}", "engine.ema_decay=0.9")
-    whole = train(tiny.prime, 2, tmp_path / "whole", *options)
-    run, rng = tmp_path / "killed", random.Random(0)
-    for attempt in range(20):
-        before = max(steps_saved(run), default=0)
-        victims = rng.choice([(0,), (1,), (0, 1)])
-        kind = ("start", "training", "save", "training", "save")[attempt % 5]
-        fault, accident = None, LanguageTask
-        if kind == "training":  # that is, at any time in a step, or beside it in the thread that saves
-            step = before + rng.randint(0, 6)
-            accident = Accident(kind="kill", ranks=victims, at=steps(step, step + 1), delay=rng.uniform(0.0, 0.05))
-        elif kind == "save":
-            point = rng.choice(FAULT_POINTS)
-            everywhere = point in ("checkpoint.begin", "checkpoint.write", "checkpoint.sync")
-            victim = {(0,): "0", (1,): "1", (0, 1): "*"}[victims] if everywhere else "0"
-            fault = f"{point}:kill:{victim}:{rng.randint(1, 3)}"
-        ranks = Ranks(tiny.prime, 2, run, *options, task=accident, fault=fault)
-        if kind == "start":
-            time.sleep(rng.uniform(0.0, 1.0))
-            ranks.send(signal.SIGKILL, victims)
-        ended = ranks.wait()
-        what = f"attempt {attempt}: {kind} {fault or accident} {victims}\n{ended.output}"
-        assert -signal.SIGKILL in ended.codes and set(ended.codes) <= {1, -signal.SIGKILL}, what
-        assert max(steps_saved(run), default=0) >= before, what
-    train(tiny.prime, 2, run, *options)
-    assert_equal_states(state(run, last), state(whole, last))
-    assert curve(run) == curve(whole)
 
 
 @pytest.mark.parametrize("fault", ["checkpoint.sync:kill:1:2", "checkpoint.before_rename:kill:0:2"])
