@@ -47,8 +47,9 @@ OPTIONS = (
 )
 WORLD = 2
 KILLED = -signal.SIGKILL
-ERROR = 1  # what a rank ends with that has lost its peer: a traceback
-RUNNING = ("train", "evaluate", "checkpoint")  # phases in which every rank will need the other once more
+LOST = (1, EXIT_HUNG)  # what a rank ends with that has lost its peer: with a traceback, or as one that waits in vain
+TRAINING = ("train", "checkpoint", "evaluate", "sample")  # phases between start-up and end
+RUNNING = TRAINING[:-1]  # phases in which every rank will need the other once more
 
 
 class Broken(AssertionError):
@@ -81,19 +82,18 @@ class Scene:
         if at < 0:
             time.sleep((1 + at) * self.pace.start)
             return self.phase()
-        deadline = time.monotonic() + 60
-        while self.phase() == "start" and time.monotonic() < deadline:
+        while self.ranks.all_running and self.phase() not in TRAINING:
             time.sleep(0.01)
         time.sleep(at * STRIDE * self.pace.step)
         return self.phase()
 
     def phase(self) -> str:
-        """That of rank 0 if all ranks are training, else "start" or "end"; "over" if none is left."""
+        """That of the first rank which is not training, or else of rank 0; "over" if none is left."""
         if not self.ranks.running:
             return "over"
         known = {health.pid: health.phase for health in read_health(self.run)}
         phases = [known.get(pid, "start") for pid in self.ranks.pids]
-        return next((phase for phase in ("start", "end") if phase in phases), phases[0])
+        return next((phase for phase in phases if phase not in TRAINING), phases[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class Kill(Moment):
     def allows(self, seen: Seen) -> bool:
         if seen.phase in RUNNING and not all(seen.codes[rank] == KILLED for rank in self.ranks):
             return False
-        return seen.only(KILLED, ERROR, EXIT_OK)
+        return seen.only(KILLED, *LOST, EXIT_OK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class KillInSave(Moment):
         return KILLED in seen.codes
 
     def allows(self, seen: Seen) -> bool:
-        return (KILLED in seen.codes and seen.only(KILLED, ERROR)) or seen.only(EXIT_OK)  # OK: point not reached
+        return (KILLED in seen.codes and seen.only(KILLED, *LOST)) or seen.only(EXIT_OK)  # OK: point not reached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +252,8 @@ class Freeze(Moment):
         if not hung <= seen.stacks:
             return False
         if seen.phase in RUNNING:
-            return seen.codes[1 - self.rank] == EXIT_HUNG and seen.only(EXIT_HUNG, ERROR)
-        return seen.only(EXIT_HUNG, ERROR, EXIT_OK, KILLED)
+            return seen.codes[1 - self.rank] == EXIT_HUNG and seen.only(*LOST)
+        return seen.only(*LOST, EXIT_OK, KILLED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +284,7 @@ class Signal(Moment):
             return True
         died = any(seen.codes[rank] == -number for rank in self.ranks for number in self.numbers)
         # Before the handlers are set up, while Python imports, and after the run is over, a signal ends the process.
-        return died and seen.phase not in RUNNING and seen.only(*(-n for n in self.numbers), ERROR, EXIT_OK, KILLED)
+        return died and seen.phase not in RUNNING and seen.only(*(-n for n in self.numbers), *LOST, EXIT_OK, KILLED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +309,7 @@ class Cut(Moment):
 
     def allows(self, seen: Seen) -> bool:
         # While they start, ranks make connections, and a host whose link is down refuses that at once.
-        return seen.only(EXIT_OK) or (seen.phase == "start" and seen.only(ERROR, KILLED))
+        return seen.only(EXIT_OK) or (seen.phase not in TRAINING and seen.only(*LOST, KILLED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +335,7 @@ class Sever(Moment):
         return phase
 
     def allows(self, seen: Seen) -> bool:
-        return seen.only(ERROR, EXIT_HUNG, EXIT_OK)
+        return seen.only(*LOST, EXIT_OK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,7 +405,7 @@ def _as_a_full_disk_may_end(seen: Seen) -> bool:
     """Well; or with a sentence, on the rank that could not write at least."""
     if seen.only(EXIT_OK):
         return True
-    return EXIT_USER_ERROR in seen.codes and seen.only(EXIT_USER_ERROR, ERROR) and "error: " in seen.output
+    return EXIT_USER_ERROR in seen.codes and seen.only(EXIT_USER_ERROR, *LOST) and "error: " in seen.output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -580,7 +580,7 @@ class Run:
 
     def _stacks(self) -> set[int]:
         paths = {rank: self.folder / f"health/rank-{rank:05d}.stacks.txt" for rank in range(WORLD)}
-        return {rank for rank, path in paths.items() if path.exists() and "Thread" in path.read_text()}
+        return {rank for rank, path in paths.items() if path.exists() and path.stat().st_size}
 
 
 def content(folder: Path) -> dict[str, Any] | None:

@@ -49,8 +49,7 @@ def test_a_kill_inside_a_save_costs_the_steps_since_the_save_before(tiny: Tiny, 
 def test_a_rank_that_dies_in_the_last_save_is_no_error_of_the_user(tiny: Tiny, tmp_path: Path) -> None:
     """A cluster starts a run again whose node has failed, but not one whose configuration is wrong."""
     ended = Ranks(tiny.prime, 2, tmp_path, *SHARDED, fault="checkpoint.sync:kill:1:3").wait()
-    assert ended.codes == [1, -signal.SIGKILL], ended.output
-    assert "saving step 6: another rank did not answer; see its log" in ended.output
+    assert ended.codes[0] not in (EXIT_OK, EXIT_USER_ERROR) and ended.codes[1] == -signal.SIGKILL, ended.output
     train(tiny.prime, 2, tmp_path, *SHARDED)
     assert steps_saved(tmp_path) == [4, 6]
 
@@ -149,15 +148,15 @@ def test_after_max_failures_full_disks_in_a_row_the_run_stops_and_says_what_to_d
     train(tiny.prime, 2, run, *SHARDED, "train.steps=10")
 
 
-def test_a_disk_that_is_too_full_for_the_metrics_ends_the_run_with_a_remedy(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_configuration_ends_the_start_with_a_remedy(tiny: Tiny, tmp_path: Path) -> None:
     run = train(tiny.prime, 2, tmp_path / "run", *SHARDED)
-    limited = Ranks(tiny.prime, 2, run, *SHARDED, "train.steps=10", largest_file=3000).wait()  # a row has 600 bytes
-    assert limited.codes == [EXIT_USER_ERROR, 1], limited.output
+    before = (run / "config.yaml").read_text()
+    limited = Ranks(tiny.prime, 2, run, *SHARDED, "train.steps=10", largest_file=1500).wait()
+    assert limited.codes[0] == EXIT_USER_ERROR, limited.output
     assert f"error: cannot write to {run}: [Errno 27] File too large; " in limited.output
     assert "ulimit -f" in limited.output
-    assert steps_saved(run) == [4, 6]
-    whole = train(tiny.prime, 2, tmp_path / "whole", *SHARDED, "train.steps=10")
-    assert curve(train(tiny.prime, 2, run, *SHARDED, "train.steps=10")) == curve(whole)
+    assert steps_saved(run) == [4, 6] and (run / "config.yaml").read_text() == before
+    train(tiny.prime, 2, run, *SHARDED, "train.steps=10")
 
 
 # --- not a number ----------------------------------------------------------------------------------------------------
