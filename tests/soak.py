@@ -620,11 +620,11 @@ def train_whole(config: Path, folder: Path, options: Sequence[str], last: int) -
 
 
 def rehearse(config: Path, folder: Path, options: Sequence[str]) -> Pace:
-    begin = time.monotonic()
+    begin = time.time()
     train(config, WORLD, folder, *options, f"train.steps={STRIDE}")
-    training = _step_seconds(folder, STRIDE)
-    assert training is not None
-    return Pace(start=time.monotonic() - begin - STRIDE * training, step=training)
+    step = _step_seconds(folder, STRIDE)
+    assert step is not None
+    return Pace(start=curve(folder, "time")[1] - begin - step, step=step)
 
 
 def _step_seconds(run: Path, steps: int) -> float | None:
@@ -691,7 +691,7 @@ def soak(
         f"published checkpoints lost, 0 wrong bits, {run.steps_trained} steps trained for a run of {last}"
     )
     if missed:
-        line += f"; {missed} moments came when the attempt was over"
+        line += f"; {missed} of the moments came too late to strike"
     if without:
         line += f"; left out for want of permission: what needs a {' or a '.join(sorted(without))} of its own"
     if len(done) < len(indices):
