@@ -6,6 +6,7 @@ of processes and under any strategy.
 
 import argparse
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from launch import config as configs
 from launch import runtime as runtimes
 from launch.agreement import check_same_everywhere
 from launch.checkpoint import CheckpointStore
+from launch.checkpoint.commit import remedy
 from launch.data import accumulation_steps
 from launch.engine import Engine, build_engine
 from launch.engine.base import data_world_size, load_weights, state_bytes_per_parameter
@@ -46,6 +48,8 @@ _MAY_CHANGE = (
     *("run.name", "run.dir", "train.steps", "train.micro_batch", "train.log_every", "train.evaluate_every"),
     *("train.sample_every", "engine.", "checkpoint.", "guard.", "watch.", "metrics."),
 )
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a run writes nowhere but in its folder
 
 MakeTask = Callable[[Any, torch.device, bool], Task]  # (config, device, open_data)
 
@@ -69,11 +73,16 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    except Exception:
-        # Not a clean shutdown: with a peer dead, destroying the process group may wait for ever.
-        traceback.print_exc()
+    except Exception as error:
+        code = 1
+        if isinstance(error, OSError) and error.errno in _FULL:  # metrics, samples and the report need space too
+            folder, code = config.run.folder, EXIT_USER_ERROR
+            print(f"error: cannot write to {folder}: {error}; {remedy(str(error), folder)}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)
+        # Not a clean shutdown: with a peer dead, destroying the process group may wait for ever.
+        os._exit(code)
 
 
 def plan(config: Experiment, make_task: MakeTask, *, world_size: int, open_data: bool) -> str:

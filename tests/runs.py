@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,13 +35,14 @@ from llm.config import LanguageConfig
 from llm.data.shards import DatasetWriter, Source
 from llm.data.tokenizers import train_bpe
 from llm.task import LanguageTask
-from tests import processes
+from tests import cable, processes
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 300
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*processes.PRELOADED, "launch.entry", "llm.task"])
 _GRACE_S = 5.0  # what the others have when a rank has died, before they are killed
+_ORPHAN_S = 5.0  # what a program that a killed rank has started (git, say) may take to end by itself
 
 # --- the experiment --------------------------------------------------------------------------------------------------
 
@@ -97,10 +97,9 @@ def write_tiny(folder: Path) -> Tiny:
 class Accident:
     """Makes a `LanguageTask` to which, on some ranks and at some samples of the global order, something happens."""
 
-    kind: Literal["sigterm", "kill", "hang", "nan"]  # signals to the own process; endless sleep; not a number as loss
+    kind: Literal["sigterm", "hang", "nan"]  # a signal to the own process; endless sleep; not a number as loss
     ranks: tuple[int, ...]
     at: range  # global positions; step s of a run without a rollback reads 8 s to 8 s + 7
-    delay: float = 0.0  # kill: seconds later, whatever the process does then
 
     def __call__(self, config: LanguageConfig, device: torch.device, open_data: bool = True) -> LanguageTask:
         task = LanguageTask(config, device, open_data)
@@ -115,8 +114,6 @@ class Accident:
                 struck_step = step
                 if self.kind == "sigterm":
                     os.kill(os.getpid(), signal.SIGTERM)
-                if self.kind == "kill":
-                    threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
                 if self.kind == "hang":
                     time.sleep(3600)
             elif step != struck_step:
@@ -143,7 +140,8 @@ class Ended:
 class Ranks:
     """`world` processes of one training run.
 
-    `task` is importable, `fault` an UNMASK_FAULT, and no file may grow beyond `largest_file` bytes.
+    `task` is importable, `fault` an UNMASK_FAULT, no file may grow beyond `largest_file` bytes, and rank r lives on
+    `hosts[r]` (see tests/cable.py).
     """
 
     def __init__(
@@ -155,10 +153,11 @@ class Ranks:
         task: Callable[..., Any] = LanguageTask,
         fault: str | None = None,
         largest_file: int | None = None,
+        hosts: Sequence[str] | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="unmask-ranks-")
         argv = [str(config), f"run.dir={run}", *overrides]
-        payload = pickle.dumps((argv, task, fault, largest_file, dict(os.environ)))
+        payload = pickle.dumps((argv, task, fault, largest_file, hosts, dict(os.environ)))
         self._processes = [
             _CONTEXT.Process(target=_rank_main, args=(payload, rank, world, self._folder.name)) for rank in range(world)
         ]
@@ -173,8 +172,16 @@ class Ranks:
                     os.kill(process.pid or 0, number)
 
     @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self._processes]
+
+    @property
     def running(self) -> bool:
         return any(process.exitcode is None for process in self._processes)
+
+    @property
+    def all_running(self) -> bool:
+        return all(process.exitcode is None for process in self._processes)
 
     def wait(self, timeout: float = 120.0) -> Ended:
         deadline = time.monotonic() + timeout
@@ -188,10 +195,12 @@ class Ranks:
             time.sleep(0.02)
         codes = [process.exitcode for process in self._processes]
         output = "".join(path.read_text() for path in sorted(Path(self._folder.name).glob("output-*")))
+        sessions = self.pids
         for process in self._processes:
             process.close()
         self._folder.cleanup()
         assert failed_at or not killed, f"not finished after {timeout:g} s:\n{output}"
+        assert _end_within(sessions, _ORPHAN_S), f"processes of the sessions {sessions} outlive their ranks:\n{output}"
         return Ended([code for code in codes if code is not None], output)
 
 
@@ -202,11 +211,29 @@ def train(config: Path, world: int, run: Path, *overrides: str, **options: Any) 
     return run
 
 
+def _end_within(sessions: Sequence[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(_is_a_group(session) for session in sessions):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _is_a_group(number: int) -> bool:
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
+    os.setsid()  # so that what it starts and leaves behind can be found
     output = os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    argv, task, fault, largest_file, environment = pickle.loads(payload)
+    argv, task, fault, largest_file, hosts, environment = pickle.loads(payload)
     os.environ.clear()  # the fork server keeps the environment of its own start
     os.environ.update(environment)
     if world > 1:
@@ -218,6 +245,8 @@ def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit is an OSError
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if hosts is not None:
+        cable.enter(hosts[rank])
     torch.set_num_threads(1)
     entry.write_report = lambda folder, sections: folder  # its pictures take longer than the run
     sys.exit(entry.main(LanguageConfig, task, argv))

@@ -103,13 +103,14 @@ class Saver:
     hashed: bool
 
     def save(self, job: Job, damaged: Set[int]) -> SaveResult | SaveFailure:
-        """Collective; never raises. `damaged` steps do not count as kept."""
+        """Collective. `damaged` steps do not count as kept.
+
+        RuntimeError if a peer is gone: nobody is left to agree with, and the checkpoint may have been committed or not.
+        """
         try:
             outcome = self._write_and_commit(job, damaged)
-        except Exception as error:  # of the group itself: a peer is gone and nobody is left to agree with
-            outcome = SaveFailure(job.step, f"another rank did not answer ({error}); see the log of that rank")
-            if self.rank == 0:
-                sweep(self.folder)
+        except Exception as error:  # of the group itself; those of the protocol have become a SaveFailure
+            raise RuntimeError(f"saving step {job.step}: another rank did not answer; see its log") from error
         if self.rank == 0:
             if isinstance(outcome, SaveResult):
                 logger.info("saved step %d: %s in %.1f s", outcome.step, size(outcome.bytes), outcome.write_seconds)

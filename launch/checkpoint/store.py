@@ -5,7 +5,8 @@ on a gloo group of its own, because a collective of that thread on a group share
 training's and hang both (seen with torch 2.13). One save is in flight at most.
 
 A save that fails (a full disk, a quota) fails on all ranks alike, leaves every older checkpoint as it was, removes what
-it wrote, and comes back to the caller as a `SaveFailure`: whether training goes on is the caller's decision.
+it wrote, and comes back to the caller as a `SaveFailure`: whether training goes on is the caller's decision. A save in
+which a rank is lost raises RuntimeError where it is joined: the run is over, and may be started again.
 """
 
 import json
@@ -60,7 +61,7 @@ class CheckpointStore:
         )
         self._staging = shards.Staging()
         self._thread: threading.Thread | None = None
-        self._landed: SaveResult | SaveFailure | None = None  # by the thread, until it is joined
+        self._landed: SaveResult | SaveFailure | RuntimeError | None = None  # by the thread, until it is joined
         self._unreported: list[SaveResult | SaveFailure] = []
         self._held_step: int | None = None  # saved or loaded last by this store, so its state is on disk
         self._damaged: set[int] = set()
@@ -205,6 +206,8 @@ class CheckpointStore:
         self._thread.join()
         self._thread = None
         assert self._landed is not None
+        if isinstance(self._landed, RuntimeError):
+            raise self._landed
         if isinstance(self._landed, SaveResult):
             self._held_step = self._landed.step
             self._damaged.discard(self._landed.step)
@@ -216,4 +219,7 @@ class CheckpointStore:
         return outcomes
 
     def _run(self, job: Job) -> None:
-        self._landed = self._saver.save(job, frozenset(self._damaged))
+        try:
+            self._landed = self._saver.save(job, frozenset(self._damaged))
+        except RuntimeError as error:  # a peer is gone: raised by `_join`, in the thread that trains
+            self._landed = error

@@ -1,6 +1,5 @@
 """What goes wrong costs at most the steps since the last checkpoint, and never the result."""
 
-import random
 import shutil
 import signal
 import time
@@ -9,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint.commit import FAULT_POINTS
 from launch.stop import EXIT_DIVERGED, EXIT_HUNG, EXIT_OK, EXIT_USER_ERROR
-from llm.task import LanguageTask
 from tests.runs import (
     Accident,
     Ranks,
@@ -37,40 +34,6 @@ def steps(first: int, last: int) -> range:
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_kills_at_20_random_moments_cost_no_published_checkpoint_and_no_bit(tiny: Tiny, tmp_path: Path) -> None:
-    """While it starts, trains or saves; one of the ranks, or both."""
-    last = 160
-    options = (*SHARDED, f"train.steps={last}", "engine.ema_decay=0.9")
-    whole = train(tiny.prime, 2, tmp_path / "whole", *options)
-    run, rng = tmp_path / "killed", random.Random(0)
-    for attempt in range(20):
-        before = max(steps_saved(run), default=0)
-        victims = rng.choice([(0,), (1,), (0, 1)])
-        kind = ("start", "training", "save", "training", "save")[attempt % 5]
-        fault, accident = None, LanguageTask
-        if kind == "training":  # that is, at any time in a step, or beside it in the thread that saves
-            step = before + rng.randint(0, 6)
-            accident = Accident(kind="kill", ranks=victims, at=steps(step, step + 1), delay=rng.uniform(0.0, 0.05))
-        elif kind == "save":
-            point = rng.choice(FAULT_POINTS)
-            everywhere = point in ("checkpoint.begin", "checkpoint.write", "checkpoint.sync")
-            victim = {(0,): "0", (1,): "1", (0, 1): "*"}[victims] if everywhere else "0"
-            fault = f"{point}:kill:{victim}:{rng.randint(1, 3)}"
-        ranks = Ranks(tiny.prime, 2, run, *options, task=accident, fault=fault)
-        if kind == "start":
-            time.sleep(rng.uniform(0.0, 1.0))
-            ranks.send(signal.SIGKILL, victims)
-        ended = ranks.wait()
-        what = f"attempt {attempt}: {kind} {fault or accident} {victims}\n{ended.output}"
-        assert -signal.SIGKILL in ended.codes and set(ended.codes) <= {1, -signal.SIGKILL}, what
-        assert max(steps_saved(run), default=0) >= before, what
-    train(tiny.prime, 2, run, *options)
-    assert_equal_states(state(run, last), state(whole, last))
-    assert curve(run) == curve(whole)
-
-
 @pytest.mark.parametrize("fault", ["checkpoint.sync:kill:1:2", "checkpoint.before_rename:kill:0:2"])
 def test_a_kill_inside_a_save_costs_the_steps_since_the_save_before(tiny: Tiny, tmp_path: Path, fault: str) -> None:
     whole = train(tiny.prime, 2, tmp_path / "whole", *SHARDED)
@@ -81,6 +44,14 @@ def test_a_kill_inside_a_save_costs_the_steps_since_the_save_before(tiny: Tiny, 
     train(tiny.prime, 2, run, *SHARDED)
     assert_equal_states(state(run, 6), state(whole, 6))
     assert curve(run) == curve(whole)
+
+
+def test_a_rank_that_dies_in_the_last_save_is_no_error_of_the_user(tiny: Tiny, tmp_path: Path) -> None:
+    """A cluster starts a run again whose node has failed, but not one whose configuration is wrong."""
+    ended = Ranks(tiny.prime, 2, tmp_path, *SHARDED, fault="checkpoint.sync:kill:1:3").wait()
+    assert ended.codes[0] not in (EXIT_OK, EXIT_USER_ERROR) and ended.codes[1] == -signal.SIGKILL, ended.output
+    train(tiny.prime, 2, tmp_path, *SHARDED)
+    assert steps_saved(tmp_path) == [4, 6]
 
 
 # --- damaged ---------------------------------------------------------------------------------------------------------
@@ -174,6 +145,17 @@ def test_after_max_failures_full_disks_in_a_row_the_run_stops_and_says_what_to_d
     assert "older checkpoints are intact" in limited.output and "ulimit -f" in limited.output
     assert steps_saved(run) == [2, 4]
     assert_equal_states(state(run, 4), before)
+    train(tiny.prime, 2, run, *SHARDED, "train.steps=10")
+
+
+def test_a_disk_that_takes_no_configuration_ends_the_start_with_a_remedy(tiny: Tiny, tmp_path: Path) -> None:
+    run = train(tiny.prime, 2, tmp_path / "run", *SHARDED)
+    before = (run / "config.yaml").read_text()
+    limited = Ranks(tiny.prime, 2, run, *SHARDED, "train.steps=10", largest_file=1500).wait()
+    assert limited.codes[0] == EXIT_USER_ERROR, limited.output
+    assert f"error: cannot write to {run}: [Errno 27] File too large; " in limited.output
+    assert "ulimit -f" in limited.output
+    assert steps_saved(run) == [4, 6] and (run / "config.yaml").read_text() == before
     train(tiny.prime, 2, run, *SHARDED, "train.steps=10")
 
 

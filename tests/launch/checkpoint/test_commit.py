@@ -14,6 +14,7 @@ import torch.distributed as dist
 from launch.checkpoint import CheckpointStore, SaveFailure, SaveResult, commit, layout
 from launch.checkpoint.commit import FAULT_POINTS, remedy
 from launch.errors import CheckpointError, ClusterError
+from tests.disk import Disk
 from tests.launch.checkpoint import state
 from tests.processes import RankFailed, spawn
 
@@ -133,13 +134,12 @@ def test_a_full_disk_on_one_rank_fails_that_save_on_all_ranks_and_the_next_one_w
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[None]:
-    folder.mkdir(exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(Disk(folder, options))
+        except subprocess.CalledProcessError:
+            pytest.skip("mounting a small tmpfs needs root")
         yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def fill_a_disk(folder: Path) -> list[str]:
