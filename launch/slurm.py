@@ -36,7 +36,8 @@ from launch.stop import EXIT_OK, EXIT_USER_ERROR
 
 TEMPLATE = Path(__file__).parents[1] / "slurm" / "train.sbatch"
 _SETTINGS = re.compile(r"(?<=\n)# --- settings .*?\n(?=# --- end of settings)", re.DOTALL)
-_TIMEOUT_SECONDS = 120
+_TIMEOUT_SECONDS = 120.0
+_QUESTION_SECONDS = 20.0  # for commands that only ask; without a slurm.conf they would retry for a minute
 _PARALLEL_CHECKS = 4  # each imports torch
 
 
@@ -271,7 +272,7 @@ def submit(argv: Sequence[str]) -> int:
         print(script, end="")
         return EXIT_OK
     if options.check:
-        print(_call(["sbatch", "--test-only"], script=script).strip())
+        print(call(["sbatch", "--test-only"], script=script).strip())
         return EXIT_OK
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -281,7 +282,7 @@ def submit(argv: Sequence[str]) -> int:
             run.mkdir(exist_ok=True)
             _replace(run / "job.yaml", yaml.safe_dump(tree, sort_keys=False, width=120))
         _replace(folder / "job.sbatch", script)
-        job_id = _call(["sbatch", "--parsable", str(folder / "job.sbatch")]).strip().partition(";")[0]
+        job_id = call(["sbatch", "--parsable", str(folder / "job.sbatch")]).strip().partition(";")[0]
         record = JobRecord(
             job_id=job_id,
             submitted=time.time(),
@@ -375,7 +376,7 @@ def queued(job_ids: Sequence[str]) -> list[QueuedJob]:
         return []
     command = ["squeue", "--noheader", "--array", f"--jobs={','.join(job_ids)}", "--format=%i|%T|%M|%l|%N|%r"]
     try:
-        return parse_squeue(_call(command))
+        return parse_squeue(call(command, timeout=_QUESTION_SECONDS))
     except ClusterError as error:
         if "Invalid job id" in str(error):  # so long ago that SLURM has forgotten it
             return []
@@ -398,7 +399,7 @@ def final_state(job_id: str) -> str | None:
     From scontrol, which knows it for some minutes (MinJobAge): accounting (sacct) is not switched on everywhere.
     """
     try:
-        return parse_scontrol(_call(["scontrol", "show", "job", job_id])).get("JobState")
+        return parse_scontrol(call(["scontrol", "show", "job", job_id], timeout=_QUESTION_SECONDS)).get("JobState")
     except ClusterError as error:
         if "Invalid job id" in str(error):
             return None
@@ -430,7 +431,7 @@ def cancel(argv: Sequence[str]) -> int:
         state = final_state(record.job_id) or "forgotten"
         print(f"job {record.job_id} of {run} is not in the queue ({state}): nothing to do")
         return EXIT_OK
-    _call(["scancel", record.job_id])
+    call(["scancel", record.job_id])
     for job in active:
         running = (
             "its ranks have KillWait seconds to save a checkpoint" if job.state == "RUNNING" else "it had not started"
@@ -439,7 +440,7 @@ def cancel(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _call(command: Sequence[str], script: str | None = None) -> str:
+def call(command: Sequence[str], *, script: str | None = None, timeout: float = _TIMEOUT_SECONDS) -> str:
     """Output of one of SLURM's commands; `ClusterError` with its words if it fails."""
     try:
         done = subprocess.run(
@@ -447,14 +448,14 @@ def _call(command: Sequence[str], script: str | None = None) -> str:
             input=script,
             text=True,
             capture_output=True,
-            timeout=_TIMEOUT_SECONDS,
+            timeout=timeout,
             env=_outside_of_jobs(os.environ),
             check=False,
         )
     except FileNotFoundError:
         raise ClusterError(f"there is no {command[0]} here; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise ClusterError(f"{command[0]} has not answered for {_TIMEOUT_SECONDS} s; try again later") from None
+        raise ClusterError(f"{command[0]} has not answered for {timeout:g} s; try again later") from None
     if done.returncode != 0:
         raise ClusterError(f"{command[0]} says: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
     return done.stdout if command[-1] != "--test-only" else done.stderr  # sbatch --test-only answers there

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from launch.errors import ConfigError
+from launch.errors import ClusterError, ConfigError
 from launch.metrics import metrics_path, read_metrics
 from launch.slurm import JobRecord, QueuedJob, final_state, has_slurm, queued, read_record
 from launch.stop import EXIT_OK
@@ -122,15 +122,18 @@ def log_of(run: Path, record: JobRecord | None, rank: int) -> Path:
 
 
 def states(runs: Sequence[Path]) -> dict[Path, QueuedJob | str]:
-    """For each submitted run its line of the queue, or in a word what became of its job."""
+    """For each submitted run its line of the queue, or in words what became of its job."""
     records = {run: record for run in runs if (record := read_record(run)) is not None}
     if not has_slurm():
         return {run: "unknown: no squeue here" for run in records}
-    jobs = {job.job_id: job for job in queued([record.job_id for record in records.values()])}
-    return {
-        run: jobs.get(record.job_id) or final_state(record.job_id) or "left the queue"
-        for run, record in records.items()
-    }
+    try:
+        jobs = {job.job_id: job for job in queued([record.job_id for record in records.values()])}
+        return {
+            run: jobs.get(record.job_id) or final_state(record.job_id) or "left the queue"
+            for run, record in records.items()
+        }
+    except ClusterError as error:  # the files tell the rest
+        return {run: f"unknown: {error}" for run in records}
 
 
 def describe(run: Path, state: QueuedJob | str | None, *, now: float) -> list[tuple[str, str]]:
@@ -142,7 +145,7 @@ def describe(run: Path, state: QueuedJob | str | None, *, now: float) -> list[tu
     rows.append(("step", _progress(run)))
     rows.append(("checkpoint", _checkpoint(run, now)))
     if attempts:
-        rows.append(("attempts", _history(attempts)))
+        rows.append(("attempts", _history(attempts, runs=isinstance(state, QueuedJob) and bool(state.nodes))))
     if (error := last_error(run, attempts)) is not None:
         rows.append(("last error", error))
     if isinstance(state, QueuedJob) and state.state == "RUNNING":
@@ -156,7 +159,8 @@ def one_line(run: Path, state: QueuedJob | str | None, *, now: float) -> str:
     last = attempts[-1].outcome if attempts else None
     parts = [f"{run!s:<32}", f"{record.job_id} {word}" if record else "not submitted", _progress(run)]
     parts += [f"checkpoint {_checkpoint(run, now)}"] if last != "finished" else []
-    parts += [_history(attempts)] if len(attempts) > 1 or last not in (None, "finished") else []
+    runs = isinstance(state, QueuedJob) and bool(state.nodes)
+    parts += [_history(attempts, runs=runs)] if len(attempts) > 1 or last not in (None, "finished") else []
     return " | ".join(parts)
 
 
@@ -208,9 +212,9 @@ def part_of(log: str, attempt: int) -> str:
     return ""
 
 
-def _history(attempts: Sequence[Attempt]) -> str:
+def _history(attempts: Sequence[Attempt], *, runs: bool) -> str:
     again = len(attempts) - len({attempt.job for attempt in attempts})
-    ends = [attempt.outcome or ("running" if attempt is attempts[-1] else "lost") for attempt in attempts]
+    ends = [attempt.outcome or ("running" if runs and attempt is attempts[-1] else "lost") for attempt in attempts]
     shown = ", ".join([*(["..."] if len(ends) > 5 else []), *ends[-5:]])
     return f"{len(attempts)}, requeued {again} time{'s' * (again != 1)}: {shown}"
 

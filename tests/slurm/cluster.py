@@ -119,13 +119,16 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """The daemon and everything that it started die at once, as if the power had failed."""
-        pid = self._pid(node)
-        assert pid is not None, f"{node} is not running"
-        os.kill(pid, signal.SIGKILL)
-        # The step daemons are children of init, not of slurmd, and carry the node's name in theirs or their arguments.
+        self.kill_daemon(node)
         for step in _processes_with(f"SLURMD_NODENAME={node}"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(step, signal.SIGKILL)
+
+    def kill_daemon(self, node: str) -> None:
+        """Only slurmd dies; what it started lives on."""
+        pid = self._pid(node)
+        assert pid is not None, f"{node} is not running"
+        os.kill(pid, signal.SIGKILL)
 
     def run(self, *command: str, timeout: float = 60, check: bool = True) -> str:
         """Output of one of SLURM's commands."""
