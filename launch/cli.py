@@ -10,7 +10,6 @@ import difflib
 import importlib
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,6 +27,10 @@ _VERBS = {
     "eval": "valid likelihood bounds of a run's model: unmask eval RUN [RUN ...]",
     "sample": "text from a run's model: unmask sample RUN [--prompt TEXT]",
     "export": "a Hugging Face style folder from a run: unmask export RUN --to DIR",
+    "submit": "the same as a SLURM job: unmask submit CONFIG [key=value ...] --cluster YAML [--nodes N]",
+    "status": "where runs stand, in the queue and in training: unmask status [RUN]",
+    "cancel": "end the SLURM job of a run: unmask cancel RUN",
+    "logs": "what the job of a run has printed: unmask logs RUN [-f] [--rank N]",
     "plan": "parameters, FLOPs, memory and steps, without data or devices: unmask plan CONFIG [--gpus N]",
     "doctor": "what this machine has, and what is missing: unmask doctor",
 }
@@ -48,6 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _on_run(verb, rest)
         if verb == "plan":
             return _plan(rest)
+        if verb in ("submit", "cancel"):
+            from launch import slurm
+
+            return slurm.submit(rest) if verb == "submit" else slurm.cancel(rest)
+        if verb in ("status", "logs"):
+            from launch import status
+
+            return status.main(rest) if verb == "status" else status.logs(rest)
         if verb == "doctor":
             from launch.doctor import main as doctor
 
@@ -107,8 +118,8 @@ def _train(verb: str, argv: Sequence[str]) -> int:
     )
     options = parser.parse_intermixed_args(argv)
     config_path = options.target if verb == "train" else _run_config(options.target)
-    overrides = [*options.overrides, *([f"run.dir={options.target}"] if verb == "resume" else [])]
-    module = _entry_module(config_path)
+    overrides = [*options.overrides, *([configs.override("run.dir", str(options.target))] if verb == "resume" else [])]
+    module = configs.entry_module(config_path)
     arguments = [str(config_path), *overrides]
     if options.explain is not None:
         return _module_main(module, [*arguments, "--explain", options.explain])
@@ -124,7 +135,7 @@ def _train(verb: str, argv: Sequence[str]) -> int:
         return _module_main(module, arguments)
     else:
         command = [sys.executable, "-m", module, *arguments]
-        return run_local(command, options.nproc, log_dir=_run_folder(config_path, overrides) / "logs")
+        return run_local(command, options.nproc, log_dir=configs.run_folder(config_path, overrides) / "logs")
     print("+", shlex.join(command), flush=True)
     return run_local(command, 1, as_ranks=False)
 
@@ -150,7 +161,7 @@ def _room(name: str) -> str | None:
     """The room that a run folder or an exported folder belongs to; None for anything else (a prompt, say)."""
     run, exported = os.path.join(name, "config.yaml"), os.path.join(name, "config.json")
     if os.path.exists(run):  # not Path.exists, which raises where a prompt is too long for a file name
-        return _entry_module(Path(run)).split(".")[0]
+        return configs.entry_module(Path(run)).split(".")[0]
     if os.path.exists(exported):
         described = json.loads(Path(exported).read_text()).get("unmask_config", {})
         return str(described.get("entry", "llm.train")).split(".")[0]
@@ -166,7 +177,7 @@ def _plan(argv: Sequence[str]) -> int:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of processes to plan for (1)")
     options = parser.parse_intermixed_args(argv)
     arguments = [str(options.config), *options.overrides, "--plan", "--world-size", str(options.gpus)]
-    return _module_main(_entry_module(options.config), arguments)
+    return _module_main(configs.entry_module(options.config), arguments)
 
 
 def _run_config(run: Path) -> Path:
@@ -174,21 +185,6 @@ def _run_config(run: Path) -> Path:
     if not path.exists():
         raise ConfigError(f"{run} is not a run folder: it has no config.yaml. Start one with: unmask train CONFIG")
     return path
-
-
-def _run_folder(path: Path, overrides: Sequence[str]) -> Path:
-    """Where the run of this configuration lives, without knowing the room's schema."""
-    tree = configs.read_yaml(path).get("run") or {}
-    given = dict(o.split("=", 1) for o in overrides if o.startswith(("run.dir=", "run.name=")))
-    folder = given.get("run.dir") or tree.get("dir")
-    return Path(folder) if folder else Path("runs") / str(given.get("run.name") or tree.get("name") or "run")
-
-
-def _entry_module(path: Path) -> str:
-    entry = configs.read_yaml(path).get("entry")
-    if not isinstance(entry, str) or not re.fullmatch(r"[a-z_]+\.train", entry):
-        raise ConfigError(f"{path}: entry = {entry!r}; it names the room's training module, for example llm.train")
-    return entry
 
 
 def _module_main(module: str, argv: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import re
 import textwrap
 import tokenize
@@ -39,9 +40,7 @@ _SECOND_UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> tuple[T, dict[str, str]]:
     """The configuration in `path` with `overrides` ("a.b=3") applied, and the source of each value by dotted key."""
     sources: dict[str, str] = {}
-    tree = read_yaml(path, sources)
-    for override in overrides:
-        _apply_override(tree, override, sources)
+    tree = read_tree(path, overrides, sources)
     return _checked(schema, tree, sources), sources
 
 
@@ -53,6 +52,35 @@ def from_dict(schema: type[T], tree: dict[str, Any], *, source: str) -> T:
 def read_yaml(path: str | Path, sources: dict[str, str] | None = None) -> dict[str, Any]:
     """The mapping in `path` with its `base:` files merged beneath it; fills `sources` with dotted key -> file."""
     return _read_yaml(Path(path), {} if sources is None else sources, ())
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = (), sources: dict[str, str] | None = None) -> dict[str, Any]:
+    """`read_yaml` with the overrides applied: the plain data of an experiment whose schema need not be at hand."""
+    sources = {} if sources is None else sources
+    tree = read_yaml(path, sources)
+    for text in overrides:
+        _apply_override(tree, text, sources)
+    return tree
+
+
+def run_folder(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Where the run of this configuration lives, without knowing the room's schema."""
+    section = read_tree(path, overrides).get("run") or {}
+    return Path(str(section.get("dir") or f"runs/{section.get('name') or 'run'}"))
+
+
+def entry_module(path: str | Path) -> str:
+    """The training module of the room that an experiment names."""
+    entry = read_yaml(path).get("entry")
+    if not isinstance(entry, str) or not re.fullmatch(r"[a-z_]+\.train", entry):
+        raise ConfigError(f"{path}: entry = {entry!r}; it names the room's training module, for example llm.train")
+    return entry
+
+
+def override(key: str, value: Any) -> str:
+    """The override that sets `key` to `value`, whatever characters are in it (JSON is YAML)."""
+    is_plain = isinstance(value, str) and _is_plain(value)
+    return f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -106,6 +134,14 @@ def explain(config: Any, sources: dict[str, str], key: str | None = None) -> str
 
 def unknown_key(key: str, known: Sequence[str], where: str) -> ConfigError:
     return ConfigError(f"{where}: unknown key {key!r}{_suggestion(key, known)}; known keys: {', '.join(known)}")
+
+
+def _is_plain(text: str) -> bool:
+    """Whether YAML reads `text` as itself."""
+    try:
+        return yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        return False
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from launch.local import check_accelerate_environment
 from launch.metrics import MetricsWriter, read_metrics
 from launch.report import write_report
 from launch.runtime import Runtime
-from launch.stop import EXIT_OK, EXIT_USER_ERROR, StopFlag
+from launch.stop import EXIT_OK, EXIT_USER_ERROR, StopFlag, record_exit
 from launch.trainer import Trainer
 from launch.watch import Watchdog
 
@@ -57,7 +57,13 @@ MakeTask = Callable[[Any, torch.device, bool], Task]  # (config, device, open_da
 def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | None = None) -> int:
     """Run one process of an experiment. Errors of the user end in one sentence and `EXIT_USER_ERROR`."""
     arguments = _parser(schema).parse_args(argv)
+    try:
+        os.environ.update(runtimes.ranks_of_srun(os.environ))  # before anybody asks for RANK
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     rank = int(os.environ.get("RANK", "0"))
+    config = None
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(message)s" if rank == 0 else f"[rank {rank}] %(message)s")
     try:
@@ -67,11 +73,15 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
             return EXIT_OK
         if arguments.plan or arguments.dry_run:
             world = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+            if arguments.dry_run:
+                _check_same_experiment(config, config.run.folder)
             print(plan(config, make_task, world_size=world, open_data=arguments.dry_run))
             return EXIT_OK
         return run(config, make_task)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if config is not None:
+            record_exit(config.run.folder, rank, EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except Exception as error:
         code = 1
@@ -148,6 +158,9 @@ def run(config: Experiment, make_task: MakeTask) -> int:
     metrics.close()
     if code == EXIT_OK and runtime.is_main:
         print(f"report: {write_report(folder, task.report_sections(folder))}", flush=True)
+    record_exit(
+        folder, runtime.rank, code
+    )  # before the barrier: what a launcher does to the last ranks is its business
     runtime.barrier()
     runtime.close()
     return code

@@ -1,8 +1,8 @@
 """The processes of a run: who they are, which device each has, and how they agree.
 
 The process group comes from whatever launcher started us: `unmask train` (a file store, no listener), torchrun,
-`accelerate launch` (both set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or nothing (one process). A
-half-set environment is an error, never a fall-back to one process.
+`accelerate launch` (both set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), srun (a task is a rank), or
+nothing (one process). A half-set environment is an error, never a fall-back to one process.
 
 Two groups exist from the start: the training group (NCCL on CUDA, else gloo), and a gloo control group over CPU tensors
 for decisions, so that an agreement never waits for, nor interleaves with, a collective of the training stream.
@@ -59,6 +59,41 @@ def place_from_environment(environ: Mapping[str, str]) -> Place:
             "a rank must be smaller than its size; check the launcher's --node_rank and --nproc_per_node"
         )
     return Place(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
+
+
+def ranks_of_srun(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a launcher, translated from what srun says of this task; empty if srun started no ranks.
+
+    A step of one task is a single process: `unmask train` in an interactive shell of a job is what it is elsewhere. A
+    step of several tasks needs MASTER_ADDR and MASTER_PORT, as slurm/train.sbatch sets them; without, each task would
+    train alone, and that is a `ClusterError`.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or any(name in environ for name in _REQUIRED):
+        return {}
+    needed = (
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_NODEID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    if missing := [name for name in needed if name not in environ]:
+        raise ClusterError(
+            f"srun started {tasks} tasks, but {', '.join(missing)} is not set; use slurm/train.sbatch, or export "
+            "MASTER_ADDR (a name of the first node) and MASTER_PORT (free there) before srun"
+        )
+    per_node: list[int] = []
+    for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):  # such as 4(x2),3
+        count, _, times = part.partition("(x")
+        per_node += [int(count)] * int(times.rstrip(")") or 1)
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(per_node[int(environ["SLURM_NODEID"])]),
+    }
 
 
 class Runtime:

@@ -13,11 +13,15 @@ Other codes are those of Python (1: our own mistake, with a traceback) and of th
 EX_TEMPFAIL of sysexits.h: try again later. torchrun turns every code but 0 into 1.
 
 A handler only sets a flag. Which step is the last one is agreed by all ranks: the trainer puts `StopFlag.code()` into
-its one exchange per step and stops when the maximum is 1.
+its one exchange per step and stops when the maximum is not `GO_ON`.
+
+A batch system warns before it takes the nodes away (USR1, USR2): the run wants to go on, elsewhere or later. Whoever
+sends SIGTERM or SIGINT wants it to end. Both stop alike; after a warning rank 0 leaves RUN/REQUEUE for the job script.
 """
 
 import contextlib
 import faulthandler
+import json
 import os
 import select
 import signal
@@ -36,6 +40,10 @@ EXIT_HUNG = 76
 EXIT_DIVERGED = 77
 EXIT_NOW = 130
 
+# What a rank proposes, and by their maximum all ranks do. A wish to end is stronger than a warning.
+GO_ON, WARNED, TOLD_TO_END = 0, 1, 2
+
+_WARNINGS = (signal.SIGUSR1.name, signal.SIGUSR2.name)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 # A terminal and a launcher may both deliver one Ctrl-C; a person does not press twice within this time.
@@ -48,6 +56,22 @@ class StopRequest:
 
     reason: str  # name of the signal, for example "SIGTERM"
     time: float  # seconds since the epoch
+
+
+def record_exit(run_dir: Path, rank: int, code: int) -> None:
+    """Leave this rank's exit code in RUN/health, if that is there: torchrun turns every code but 0 into 1."""
+    folder = run_dir / "health"
+    if folder.is_dir():
+        with contextlib.suppress(OSError):  # a full disk may be the very reason of this end
+            (folder / f"rank-{rank:05d}.exit").write_text(f"{code}\n")
+
+
+def ask_for_requeue(run_dir: Path, *, reason: str, step: int) -> None:
+    """For the job script (slurm/train.sbatch): RUN/REQUEUE says that this run has stopped in order to go on."""
+    marker = {"reason": reason, "step": step, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    partial = run_dir / "REQUEUE.tmp"
+    partial.write_text(json.dumps(marker) + "\n")
+    partial.replace(run_dir / "REQUEUE")
 
 
 def ignore_stop_signals(worker_id: int = 0) -> None:
@@ -100,8 +124,10 @@ class StopFlag:
         return self
 
     def code(self) -> int:
-        """What this rank proposes: 0 go on, 1 save and stop. The maximum over ranks decides."""
-        return 0 if self.request is None else 1
+        """What this rank proposes: GO_ON, or to save and stop. The maximum over ranks decides."""
+        if self.request is None:
+            return GO_ON
+        return WARNED if self.request.reason in _WARNINGS else TOLD_TO_END
 
     def acknowledge(self) -> None:
         """All ranks have agreed to stop: nobody is stuck, and the checkpoint may take its time."""

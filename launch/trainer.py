@@ -22,7 +22,7 @@ from launch.experiment import Experiment, Task
 from launch.metrics import MetricsWriter, Throughput
 from launch.runtime import Runtime
 from launch.schedule import learning_rate
-from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, StopFlag
+from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, GO_ON, WARNED, StopFlag, ask_for_requeue
 from launch.watch import LossGuard, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ class Trainer:
         local_count = sum(self.task.count(batch) for batch in batches)
         (counted,), (stop, save) = self.runtime.sum_and_max([local_count], [self.stop.code(), int(self._save_is_due())])
         count = counted / self._copies
-        if stop:
-            return self._stop()
+        if stop != GO_ON:
+            return self._stop(warned=stop == WARNED)
         if save:
             self.save()
         local_loss = torch.zeros((), device=self.runtime.device)
@@ -217,12 +217,14 @@ class Trainer:
 
     # --- endings and accidents ---------------------------------------------------------------------------------------
 
-    def _stop(self) -> int:
+    def _stop(self, *, warned: bool) -> int:
         self.stop.acknowledge()
         self.save(block=True)
         if self.runtime.is_main:
             request = self.stop.request
             reason = request.reason if request else "another rank's signal"
+            if warned:
+                ask_for_requeue(self.config.run.folder, reason=reason, step=self.progress.step)
             logger.warning(
                 "%s: stopped at step %d with a checkpoint; go on with: unmask resume %s",
                 reason,
