@@ -85,9 +85,11 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
         return EXIT_USER_ERROR
     except Exception as error:
         code = 1
-        if isinstance(error, OSError) and error.errno in _FULL:  # metrics, samples and the report need space too
+        if config is not None and isinstance(error, OSError) and error.errno in _FULL:
+            # Metrics, samples and the report need space too.
             folder, code = config.run.folder, EXIT_USER_ERROR
             print(f"error: cannot write to {folder}: {error}; {remedy(str(error), folder)}", file=sys.stderr)
+            record_exit(folder, rank, code)
         else:
             traceback.print_exc()
         sys.stderr.flush()
