@@ -84,8 +84,17 @@ class LanguageTask:
     def batch(self, positions: np.ndarray, step: int) -> Batch:
         """The blocks at these global positions, cut to the step's length, with their masks."""
         assert self.stream is not None
+        return self._noised(self.stream.blocks(positions).to(self.device), positions, step)
+
+    def example_batch(self) -> Batch:
+        """A micro-batch of one token, without data: for dry runs."""
+        size = self.config.train.micro_batch
+        tokens = torch.zeros(size, self.tokens_per_sample, dtype=torch.int64, device=self.device)
+        return self._noised(tokens, np.arange(size), 0)
+
+    def _noised(self, tokens: Tensor, positions: np.ndarray, step: int) -> Batch:
+        """tokens [B, L] at these positions, with everything that is random about them."""
         diffusion, seed = self.config.diffusion, self.config.run.seed
-        tokens = self.stream.blocks(positions).to(self.device)
         if diffusion.random_length_probability > 0:
             noise = uniform(stream_key(seed, "length", step), torch.zeros(1, dtype=torch.int64), 2)[0]
             tokens = tokens[
