@@ -239,10 +239,12 @@ def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
 
 def _micro_steps(config: Experiment, world_size: int) -> int:
     """Of each rank in a step; `ConfigError` unless ranks and batch can be divided as the configuration says."""
+    data_world_size(config.engine, world_size)
     return accumulation_steps(
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        world_size=data_world_size(config.engine, world_size),
+        world_size=world_size,
+        group=config.engine.tensor_parallel,
     )
 
 
