@@ -84,17 +84,8 @@ class LanguageTask:
     def batch(self, positions: np.ndarray, step: int) -> Batch:
         """The blocks at these global positions, cut to the step's length, with their masks."""
         assert self.stream is not None
-        return self._noised(self.stream.blocks(positions).to(self.device), positions, step)
-
-    def example_batch(self) -> Batch:
-        """A micro-batch of one token, without data: for dry runs."""
-        size = self.config.train.micro_batch
-        tokens = torch.zeros(size, self.tokens_per_sample, dtype=torch.int64, device=self.device)
-        return self._noised(tokens, np.arange(size), 0)
-
-    def _noised(self, tokens: Tensor, positions: np.ndarray, step: int) -> Batch:
-        """tokens [B, L] at these positions, with everything that is random about them."""
         diffusion, seed = self.config.diffusion, self.config.run.seed
+        tokens = self.stream.blocks(positions).to(self.device)
         if diffusion.random_length_probability > 0:
             noise = uniform(stream_key(seed, "length", step), torch.zeros(1, dtype=torch.int64), 2)[0]
             tokens = tokens[
@@ -119,6 +110,18 @@ class LanguageTask:
         mask = masking.random_mask(noise, times, grouped=grouped)
         masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
         return Batch(tokens=tokens, masked=masked, dropout_key=dropout_key)
+
+    def example_batch(self, size: int) -> Batch:
+        """Every digit of every token is masked, so that every position carries loss."""
+        tokens = torch.zeros(size, self.config.data.block_length, dtype=torch.int64, device=self.device)
+        if self.objective is None:
+            return Batch(tokens=tokens, masked=None, dropout_key=0)
+        mask = torch.ones(*tokens.shape, self.codec.granularity, dtype=torch.bool, device=self.device)
+        times = torch.ones(size, device=self.device)
+        mixes = self.config.diffusion.chunk_point is not None or self.config.diffusion.p_group > 0
+        grouped = torch.zeros(size, dtype=torch.bool, device=self.device) if mixes else None
+        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
+        return Batch(tokens=tokens, masked=masked, dropout_key=0)
 
     def _times(self, rows: Tensor, step: int, global_batch: int) -> Tensor:
         """float32 [B]: noise times of these rows of the global batch."""

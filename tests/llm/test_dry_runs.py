@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 
 from launch import config as configs
+from launch import entry
 from launch.engine import EngineConfig, OptimizerConfig
 from launch.engine.dry import DryRun, dry_run
 from launch.errors import ConfigError
 from llm.config import LanguageConfig
 from llm.task import LanguageTask
+from tests.runs import Tiny
 
 PAPER = Path(__file__).parents[2] / "configs" / "llm" / "paper"
 PRESETS = sorted(path for path in PAPER.glob("*/*.yaml") if not path.stem.startswith("recipe"))
@@ -25,7 +27,7 @@ def run_dry(path: Path, *overrides: str) -> tuple[LanguageConfig, DryRun]:
     task = LanguageTask(config, torch.device("cpu"), False)
     found = dry_run(
         task.build_model,
-        lambda model: task.loss(model, task.example_batch())[0],
+        lambda model: task.loss(model, task.example_batch(config.train.micro_batch))[0],
         config.engine,
         config.optimizer,
         world_size=8,
@@ -73,6 +75,24 @@ def test_a_hybrid_of_tensor_groups_shards_over_what_is_left_of_the_mesh() -> Non
 def test_what_a_mesh_cannot_do_fails_in_a_dry_run() -> None:
     with pytest.raises(ConfigError, match="does not divide the world size 8"):
         run_dry(PAPER / "scale/scale_771M_arm.yaml", "engine.tensor_parallel=7", "model.layers=1")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ("engine.strategy=fsdp2", "engine.tensor_parallel=2"),
+            "one step of fully_shard over shard 2 x tensor 2 on cpu",
+        ),
+        (("engine.strategy=ddp",), "one step of DistributedDataParallel on 4 x cpu"),
+        (("engine.strategy=zero2",), "checks only: DeepSpeed"),
+    ],
+)
+def test_the_dry_run_of_a_command_makes_a_step_at_the_world_size_it_is_asked_for(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+) -> None:
+    assert entry.main(LanguageConfig, LanguageTask, [str(tiny.prime), *options, "--dry-run", "--world-size", "4"]) == 0
+    assert words in capsys.readouterr().out
 
 
 def test_deepspeed_has_no_dry_run() -> None:
