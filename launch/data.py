@@ -40,8 +40,11 @@ def micro_batches(step: int, *, global_batch: int, micro_batch: int, rank: int, 
     return list(everyone.reshape(accumulation, world_size, micro_batch)[:, rank])
 
 
-def accumulation_steps(*, global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Micro-steps a rank makes per step. ConfigError, naming what would work, unless the numbers divide exactly."""
+def accumulation_steps(*, global_batch: int, micro_batch: int, world_size: int, group: int = 1) -> int:
+    """Micro-steps a rank makes per step, where `group` ranks (a divisor of the world size) read the same samples.
+
+    ConfigError, naming what would work, unless the numbers divide exactly.
+    """
     if min(global_batch, micro_batch, world_size) < 1:
         raise ConfigError(
             f"global batch {global_batch}, micro-batch {micro_batch} and world size {world_size} must all be at least 1"
@@ -52,12 +55,13 @@ def accumulation_steps(*, global_batch: int, micro_batch: int, world_size: int) 
             f"a global batch of {global_batch} samples is not divisible by a micro-batch of {micro_batch}; "
             f"micro-batches that divide it: {sizes}"
         )
-    per_step = micro_batch * world_size
+    per_step = micro_batch * (world_size // group)
     if global_batch % per_step:
-        worlds = ", ".join(map(str, _divisors(global_batch // micro_batch)))
+        worlds = ", ".join(str(group * readers) for readers in _divisors(global_batch // micro_batch))
+        size = f"{world_size} / tensor-parallel size {group}" if group > 1 else f"{world_size}"
         raise ConfigError(
             f"a global batch of {global_batch} samples is not divisible by micro-batch {micro_batch} x world size "
-            f"{world_size} = {per_step}; with this micro-batch it runs on {worlds} ranks (or choose a global batch of "
+            f"{size} = {per_step}; with this micro-batch it runs on {worlds} ranks (or choose a global batch of "
             f"{math.ceil(global_batch / per_step) * per_step})"
         )
     return global_batch // per_step

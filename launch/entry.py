@@ -75,7 +75,10 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
             world = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
             if arguments.dry_run:
                 _check_same_experiment(config, config.run.folder)
-            print(plan(config, make_task, world_size=world, open_data=arguments.dry_run))
+            print(plan(config, make_task, world_size=world, open_data=arguments.dry_run), flush=True)
+            if arguments.dry_run:
+                task = make_task(config, torch.device("cpu"), True)
+                print(rehearse(config, task, world_size=world))
             return EXIT_OK
         return run(config, make_task)
     except UserError as error:
@@ -102,6 +105,22 @@ def plan(config: Experiment, make_task: MakeTask, *, world_size: int, open_data:
     task = make_task(config, torch.device("cpu"), open_data)
     _micro_steps(config, world_size)
     return table(_facts(config, task, world_size))
+
+
+def rehearse(config: Experiment, task: Task, *, world_size: int) -> str:
+    """One step of the engine on its mesh of `world_size`, on tensors without values; the row that says so."""
+    if config.engine.strategy not in ("ddp", "fsdp2"):
+        return table({"dry run": "checks only: DeepSpeed cannot take a step without values"})
+    from launch.engine.dry import dry_run  # torch's fake process group lies among its tests: seconds to import
+
+    found = dry_run(
+        task.build_model,
+        lambda model: task.loss(model, task.example_batch(config.train.micro_batch))[0],
+        config.engine,
+        config.optimizer,
+        world_size=world_size,
+    )
+    return table({"dry run": f"one step of {found.engine}: {found.state_elements:,} numbers of state on a rank"})
 
 
 def run(config: Experiment, make_task: MakeTask) -> int:
@@ -241,10 +260,12 @@ def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
 
 def _micro_steps(config: Experiment, world_size: int) -> int:
     """Of each rank in a step; `ConfigError` unless ranks and batch can be divided as the configuration says."""
+    data_world_size(config.engine, world_size)
     return accumulation_steps(
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        world_size=data_world_size(config.engine, world_size),
+        world_size=world_size,
+        group=config.engine.tensor_parallel,
     )
 
 

@@ -98,6 +98,10 @@ class Task(Protocol):
         """The samples at these global positions of the endless order, on the device."""
         ...
 
+    def example_batch(self, size: int) -> Any:
+        """Any batch of `size` samples with the shapes, types and most work that one can have; needs no data."""
+        ...
+
     def count(self, batch: Any) -> float:
         """What the sum of the loss is divided by, once added up over all ranks."""
         ...

@@ -111,6 +111,18 @@ class LanguageTask:
         masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
         return Batch(tokens=tokens, masked=masked, dropout_key=dropout_key)
 
+    def example_batch(self, size: int) -> Batch:
+        """Every digit of every token is masked, so that every position carries loss."""
+        tokens = torch.zeros(size, self.config.data.block_length, dtype=torch.int64, device=self.device)
+        if self.objective is None:
+            return Batch(tokens=tokens, masked=None, dropout_key=0)
+        mask = torch.ones(*tokens.shape, self.codec.granularity, dtype=torch.bool, device=self.device)
+        times = torch.ones(size, device=self.device)
+        mixes = self.config.diffusion.chunk_point is not None or self.config.diffusion.p_group > 0
+        grouped = torch.zeros(size, dtype=torch.bool, device=self.device) if mixes else None
+        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
+        return Batch(tokens=tokens, masked=masked, dropout_key=0)
+
     def _times(self, rows: Tensor, step: int, global_batch: int) -> Tensor:
         """float32 [B]: noise times of these rows of the global batch."""
         key = stream_key(self.config.run.seed, "time", step)

@@ -113,21 +113,18 @@ def data_world_size(config: EngineConfig, world_size: int) -> int:
 
     `ConfigError` if the ranks cannot be grouped as `config` says.
     """
-    for name, value, limit in (
-        ("tensor_parallel", config.tensor_parallel, world_size),
-        ("replicas", config.replicas, world_size // config.tensor_parallel),
-    ):
-        if value < 1 or limit % value or limit < 1:
-            divisors = [n for n in range(1, limit + 1) if limit % n == 0]
-            of = (
-                f" / engine.tensor_parallel {config.tensor_parallel}"
-                if name == "replicas" and limit < world_size
-                else ""
-            )
-            raise ConfigError(
-                f"engine.{name} = {value} does not divide the world size {world_size}{of}; use one of {divisors}"
-            )
-    return world_size // config.tensor_parallel
+    if world_size % config.tensor_parallel:
+        raise _does_not_divide("tensor_parallel", config.tensor_parallel, world_size, f"the world size {world_size}")
+    groups = world_size // config.tensor_parallel
+    if config.replicas < 1 or groups % config.replicas:
+        of = f" / engine.tensor_parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
+        raise _does_not_divide("replicas", config.replicas, groups, f"the world size {world_size}{of}")
+    return groups
+
+
+def _does_not_divide(name: str, value: int, number: int, what: str) -> ConfigError:
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return ConfigError(f"engine.{name} = {value} does not divide {what}; use one of {divisors}")
 
 
 class TrainableModel(Protocol):
@@ -309,9 +306,8 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
         return norms.square().sum().sqrt()
     world = dist.get_world_size()
     copies = torch.tensor([world // _shards(g) for g in sharded], dtype=torch.float64, device=norms.device)
-    total = (
-        (norms.square() / copies).sum().to(sharded[0].device_mesh.device_type)
-    )  # offloaded gradients are on the host
+    total = (norms.square() / copies).sum()
+    total = total.to(sharded[0].device_mesh.device_type)  # offloaded gradients are on the host
     dist.all_reduce(total)
     return total.sqrt()
 

@@ -8,6 +8,8 @@ import pytest
 from launch.stop import EXIT_USER_ERROR
 from tests.runs import VOCAB_SIZE, Ranks, Tiny, curve, steps_saved, train
 
+TP = ("engine.strategy=fsdp2", "engine.tensor_parallel=2")
+
 
 def refusal(config: Path, world: int, run: Path, *overrides: str) -> str:
     """What a run says that must end with code 2 on every rank and leave nothing new behind."""
@@ -26,6 +28,12 @@ def refusal(config: Path, world: int, run: Path, *overrides: str) -> str:
         (("engine.strategy=zero9",), ("engine.strategy = 'zero9'", "one of 'ddp', 'fsdp2'")),
         (("engine.device=cuda",), ("engine.device = cuda", "torch sees no CUDA device", "engine.device=cpu")),
         (("train",), ("override 'train' is not of the form section.key=value",)),
+        ((*TP, "engine.tensor_parallel=4"), ("engine.tensor_parallel = 4", "model.heads = 2", "use one of 1, 2")),
+        ((*TP, "model.heads=4", "model.kv_heads=1"), ("does not divide model.kv_heads = 1", "use one of 1,")),
+        ((*TP, "model.ffn=33"), ("engine.tensor_parallel = 2 does not divide model.ffn = 33", "use one of 1,")),
+        ((*TP, "model.kind=dit", "model.init=mdlm"), ("tensor_parallel = 2", "model.kind = 'dit'", "kind: llama")),
+        (TP[1:], ("engine.tensor_parallel = 2 works with strategy fsdp2, not ddp", "engine.strategy=fsdp2")),
+        (TP, ("engine.tensor_parallel = 2 does not divide the world size 1; use one of [1]",)),
     ],
 )
 def test_a_wrong_key_type_or_value_is_named_with_what_would_do(
@@ -59,6 +67,12 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused_with_those_that_
     said = refusal(tiny.prime, 3, tmp_path / "run")
     assert "global batch of 8 samples is not divisible by micro-batch 2 x world size 3 = 6" in said
     assert "it runs on 1, 2, 4 ranks (or choose a global batch of 12)" in said
+
+
+def test_the_batch_is_divided_among_tensor_groups_and_not_among_ranks(tiny: Tiny, tmp_path: Path) -> None:
+    said = refusal(tiny.prime, 4, tmp_path / "run", *TP, "train.micro_batch=8")
+    assert "is not divisible by micro-batch 8 x world size 4 / tensor-parallel size 2 = 16" in said
+    assert "it runs on 2 ranks (or choose a global batch of 16)" in said
 
 
 @pytest.fixture(scope="module")

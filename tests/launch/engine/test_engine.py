@@ -213,16 +213,16 @@ def test_raw_deepspeed_keys_reach_deepspeed(tmp_path):
     assert curve[-1][0] == pytest.approx(plain_loop()[0][-1][0], rel=1e-6)
 
 
-def one_nan(strategy, folder):
+def one_nan(config, folder):
     """Whether each of three steps was applied, where rank 1 has no number in the second; the weights are finite."""
     import os
 
     os.environ[runtimes.RENDEZVOUS_FILE] = f"{folder}/rendezvous"
     here = runtimes.start(device="cpu", timeout_seconds=60)
-    engine = build_engine(Model, EngineConfig(strategy=strategy), OptimizerConfig(), here, seed=3)
+    engine = build_engine(Model, config, OptimizerConfig(), here, seed=3)
     applied = []
     for step in range(3):
-        rows = tokens_of(step)[here.rank :: here.world_size]
+        rows = tokens_of(step)[engine.data_rank :: engine.data_world_size]
         broken = float("nan") if step == 1 and here.rank == 1 else 1.0
         engine.backward(loss_of(engine.module, rows, B * (L - 1)) * broken, last=True)
         info = engine.step(0.01, math.isfinite)
@@ -234,9 +234,16 @@ def one_nan(strategy, folder):
     return applied, finite
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_a_nan_on_one_rank_is_shown_to_all_and_skipped_by_all(strategy, tmp_path):
-    for applied, finite in spawn(one_nan, 2, strategy, tmp_path, group=False):
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(EngineConfig(strategy=name) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
+        EngineConfig(strategy="fsdp2", tensor_parallel=2),
+    ],
+    ids=lambda config: f"{config.strategy}-{config.tensor_parallel}",
+)
+def test_a_nan_on_one_rank_is_shown_to_all_and_skipped_by_all(config, tmp_path):
+    for applied, finite in spawn(one_nan, 2, config, tmp_path, group=False):
         assert applied == [(True, True), (False, False), (True, True)] and finite
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from launch import runtime as runtimes
 from launch.engine import EngineConfig, OptimizerConfig, build_engine
-from launch.engine.base import data_world_size, global_norm
+from launch.engine.base import data_world_size, global_norm, load_weights
 from launch.engine.tensor_parallel import split
 from launch.errors import ConfigError
 from launch.random import generator, stream_key
@@ -281,3 +281,31 @@ def copies(folder):
 
 def test_an_evaluation_gets_a_whole_copy_with_the_average_that_one_rank_may_call_alone(tmp_path):
     assert spawn(copies, 2, tmp_path, group=False) == [(True, True, True)] * 2
+
+
+def started_from(folder, weights):
+    """Whether weights and average are the given ones, bit for bit, and what the first loss on them is."""
+    here = start(folder)
+    config = EngineConfig(strategy="fsdp2", tensor_parallel=2, ema_decay=0.5)
+    engine = build_engine(Model, config, OptimizerConfig(), here, seed=3)
+    state = engine.state()
+    load_weights(state, weights.items())
+    engine.adopt(state)
+    equal = all(
+        torch.equal(engine.state()[f"{prefix}.{name}"].full_tensor(), full)
+        for name, full in weights.items()
+        for prefix in ("model", "ema")
+    )
+    loss = engine.module(inputs_of(0)).square().sum().item()
+    here.close()
+    return equal, loss
+
+
+def test_weights_from_elsewhere_are_cut_as_the_layers_are(tmp_path):
+    model = Model()
+    with torch.no_grad():
+        for number, p in enumerate(model.parameters()):
+            p.normal_(generator=torch.Generator().manual_seed(number))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    for equal, loss in spawn(started_from, 4, tmp_path, weights, group=False):
+        assert equal and loss == pytest.approx(model(inputs_of(0)).square().sum().item(), rel=1e-5)
