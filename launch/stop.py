@@ -135,7 +135,11 @@ class StopFlag:
         self._wake_listener()
 
     def close(self) -> None:
-        """Give the signals back to whoever handled them before. May be called twice."""
+        """Give the signals back to whoever handled them before. May be called twice.
+
+        After a request, all but SIGINT are ignored instead: SLURM repeats itself, and a process that has saved and is
+        about to end with `EXIT_STOPPED` must not die of the signal. A person who repeats Ctrl-C means it.
+        """
         self._settled.set()
         if self._listener is not None:
             signal.set_wakeup_fd(self._previous_wakeup_fd)
@@ -145,7 +149,8 @@ class StopFlag:
             for descriptor in self._pipe:
                 os.close(descriptor)
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+            is_leaving = self.request is not None and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if is_leaving else handler)
         self._previous_handlers.clear()
 
     def __enter__(self) -> "StopFlag":

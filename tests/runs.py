@@ -163,6 +163,13 @@ class Ranks:
         ]
         for process in self._processes:
             process.start()
+        self.pids = [process.pid or 0 for process in self._processes]
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.send(signal.SIGKILL)  # nobody is there any more after `wait`
 
     def send(self, number: int, ranks: Sequence[int] | None = None) -> None:
         """A signal to these ranks (all of them) that are still there."""
@@ -170,10 +177,6 @@ class Ranks:
             if ranks is None or rank in ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid or 0, number)
-
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid or 0 for process in self._processes]
 
     @property
     def running(self) -> bool:
@@ -195,12 +198,14 @@ class Ranks:
             time.sleep(0.02)
         codes = [process.exitcode for process in self._processes]
         output = "".join(path.read_text() for path in sorted(Path(self._folder.name).glob("output-*")))
-        sessions = self.pids
         for process in self._processes:
             process.close()
+        self._processes = []
         self._folder.cleanup()
         assert failed_at or not killed, f"not finished after {timeout:g} s:\n{output}"
-        assert _end_within(sessions, _ORPHAN_S), f"processes of the sessions {sessions} outlive their ranks:\n{output}"
+        assert _end_within(self.pids, _ORPHAN_S), (
+            f"processes of the sessions {self.pids} outlive their ranks:\n{output}"
+        )
         return Ended([code for code in codes if code is not None], output)
 
 

@@ -25,8 +25,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -49,7 +49,6 @@ WORLD = 2
 KILLED = -signal.SIGKILL
 LOST = (1, EXIT_HUNG)  # what a rank ends with that has lost its peer: with a traceback, or as one that waits in vain
 TRAINING = ("train", "checkpoint", "evaluate", "sample")  # phases between start-up and end
-RUNNING = TRAINING[:-1]  # phases in which every rank will need the other once more
 
 
 class Broken(AssertionError):
@@ -158,7 +157,7 @@ class Kill(Moment):
 
     at: float
     ranks: tuple[int, ...]
-    noun = "kills"
+    noun = "kill"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
@@ -170,8 +169,6 @@ class Kill(Moment):
         return phase
 
     def allows(self, seen: Seen) -> bool:
-        if seen.phase in RUNNING and not all(seen.codes[rank] == KILLED for rank in self.ranks):
-            return False
         return seen.only(KILLED, *LOST, EXIT_OK)
 
 
@@ -179,7 +176,7 @@ class Kill(Moment):
 class KillInSave(Moment):
     """SIGKILL between two operations of the protocol of launch/checkpoint/commit.py."""
 
-    noun = "kills"
+    noun = "kill"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
@@ -202,7 +199,7 @@ class Suspend(Moment):
     at: float
     ranks: tuple[int, ...]
     seconds: float
-    noun = "suspensions"
+    noun = "suspension"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
@@ -226,7 +223,7 @@ class Freeze(Moment):
 
     at: float
     rank: int
-    noun = "suspensions"
+    noun = "suspension"
     overrides = (
         *("watch.timeout=4", "watch.first_step_timeout=4", "watch.phase_timeout=4"),
         "engine.timeout=12",  # where no watchdog is awake: while the run starts and while it ends
@@ -251,7 +248,7 @@ class Freeze(Moment):
         hung = {rank for rank, code in enumerate(seen.codes) if code == EXIT_HUNG}
         if not hung <= seen.stacks:
             return False
-        if seen.phase in RUNNING:
+        if seen.phase == "train":
             return seen.codes[1 - self.rank] == EXIT_HUNG and seen.only(*LOST)
         return seen.only(*LOST, EXIT_OK, KILLED)
 
@@ -264,7 +261,7 @@ class Signal(Moment):
     ranks: tuple[int, ...]
     numbers: tuple[int, ...]
     gap: float  # seconds between the two
-    noun = "signals"
+    noun = "signal"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
@@ -276,15 +273,19 @@ class Signal(Moment):
         phase = scene.wait(self.at)
         for number in self.numbers:
             scene.ranks.send(number, self.ranks)
+            phase = scene.phase() if phase in TRAINING else phase  # it may have come just behind the last step
             time.sleep(self.gap)
         return phase
+
+    def struck(self, seen: Seen) -> bool:
+        return not seen.only(EXIT_OK)
 
     def allows(self, seen: Seen) -> bool:
         if seen.only(EXIT_STOPPED) or seen.only(EXIT_OK):
             return True
         died = any(seen.codes[rank] == -number for rank in self.ranks for number in self.numbers)
         # Before the handlers are set up, while Python imports, and after the run is over, a signal ends the process.
-        return died and seen.phase not in RUNNING and seen.only(*(-n for n in self.numbers), *LOST, EXIT_OK, KILLED)
+        return died and seen.phase not in TRAINING and seen.only(*(-n for n in self.numbers), *LOST, EXIT_OK, KILLED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +294,7 @@ class Cut(Moment):
 
     at: float
     seconds: float
-    noun = "cuts"
+    noun = "cut"
     needs = "cable"
 
     @classmethod
@@ -317,7 +318,7 @@ class Sever(Moment):
     """The cable is pulled out for longer than a collective waits: both ranks end by themselves."""
 
     at: float
-    noun = "cuts"
+    noun = "cut"
     needs = "cable"
     overrides = ("engine.timeout=3",)
 
@@ -345,7 +346,7 @@ class FullDisk(Moment):
     at: float
     left: int  # bytes; a checkpoint takes 230 thousand, a row of metrics 600
     seconds: float
-    noun = "full disks"
+    noun = "full disk"
     needs = "disk"
 
     @classmethod
@@ -372,7 +373,7 @@ class FullDisk(Moment):
 class FailedWrite(Moment):
     """One operation of one save finds the disk full."""
 
-    noun = "full disks"
+    noun = "full disk"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
@@ -391,7 +392,7 @@ class FailedWrite(Moment):
 class FileLimit(Moment):
     """No file may grow beyond a size that is too little for a checkpoint, and soon for the metrics."""
 
-    noun = "full disks"
+    noun = "full disk"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
@@ -414,7 +415,7 @@ class Damage(Moment):
 
     harm: Literal["truncated", "flipped", "missing"]
     file: str
-    noun = "damaged checkpoints"
+    noun = "damaged checkpoint"
 
     @classmethod
     def draw(cls, rng: random.Random) -> Self:
@@ -501,27 +502,22 @@ class Run:
         """An attempt to come to `target`, and everything that must be true after it; how it ended, and a line."""
         before = self._held
         begin = time.monotonic()
-        ranks = Ranks(
+        options = (*self._options, *(moment.overrides if moment else ()), f"train.steps={target}")
+        with Ranks(
             self._config,
             WORLD,
             self.folder,
-            *self._options,
-            *(moment.overrides if moment else ()),
-            f"train.steps={target}",
+            *options,
             fault=moment.fault if moment else None,
             largest_file=moment.largest_file if moment else None,
             hosts=self._cable.hosts if moment and moment.needs == "cable" else None,
-        )
-        try:
+        ) as ranks:
             scene = Scene(ranks=ranks, run=self.folder, pace=self._pace, cable=self._cable, disk=self._disk)
-            phase = moment.strike(scene) if moment else ""
+            phase = moment.strike(scene) if moment else "none"
             ended = ranks.wait()
-        except BaseException:
-            ranks.send(signal.SIGKILL)
-            raise
         seconds = time.monotonic() - begin
         seen = Seen(codes=ended.codes, phase=phase, stacks=self._stacks(), output=ended.output)
-        words = f"{moment or 'undisturbed'}, phase {phase or 'none'}, {seconds:.1f} s: exit codes {seen.codes}"
+        words = f"{moment or 'undisturbed'}, phase {phase}, {seconds:.1f} s: exit codes {seen.codes}"
         try:
             if not (moment.allows(seen) if moment else seen.only(EXIT_OK)):
                 raise Broken("these exit codes are not allowed")
@@ -604,16 +600,13 @@ def content(folder: Path) -> dict[str, Any] | None:
 def train_whole(config: Path, folder: Path, options: Sequence[str], last: int) -> Whole:
     """The run to compare with: the same experiment, `last` steps in one go."""
     kept = ("checkpoint.every_steps=1", f"checkpoint.keep_last={last}")
-    ranks = Ranks(config, WORLD, folder, *options, f"train.steps={last}", *kept)
-    try:
+    print(f"the unbroken run of {last} steps, to compare with", flush=True)
+    with Ranks(config, WORLD, folder, *options, f"train.steps={last}", *kept) as ranks:
         while ranks.running:
-            time.sleep(1)
-            print(f"\runbroken run: step {max(steps_saved(folder), default=0)} of {last}", end="", flush=True)
+            time.sleep(0.5)
+            if sys.stdout.isatty():
+                print(f"\rstep {max(steps_saved(folder), default=0)}", end="\r", flush=True)
         ended = ranks.wait()
-    except BaseException:
-        ranks.send(signal.SIGKILL)
-        raise
-    print()
     assert ended.codes == [EXIT_OK] * WORLD, ended.output
     contents = {step: content(checkpoint(folder, step)) for step in steps_saved(folder)}
     return Whole(folder=folder, contents=contents, curves=_curves(folder))
@@ -653,7 +646,7 @@ def soak(
 ) -> Summary:
     """Live through these moments in `folder`. Raises `Broken`, with the recipe, at the first that breaks something."""
     begin = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run").mkdir(parents=True)
     config = write_tiny(folder).prime
     options = (*OPTIONS, f"engine.strategy={strategy}")
     done: list[Moment] = []
@@ -661,32 +654,32 @@ def soak(
     with ExitStack() as stack:
         cable, disk = Cable(), Disk(folder / "run", f"size={16 * 2**10 + 64 * len(indices)}k")
         without = {name for name, place in (("cable", cable), ("disk", disk)) if not _is_permitted(stack, place)}
+        stack.enter_context(_kept_if_broken(folder / "run"))
         whole = train_whole(config, folder / "whole", options, STRIDE * (indices[-1] + 2))
         pace = rehearse(config, folder / "rehearsal", options)
         run = Run(folder / "run", whole, config, options, pace=pace, cable=cable, disk=disk)
         if indices[0] > 0:
             run.go_on(None, STRIDE * indices[0])
-        first = time.monotonic()
+        target, first = STRIDE * indices[0], time.monotonic()
         for index in indices:
             if time.monotonic() > begin + 60 * minutes:
                 break
-            moment = draw(seed, index, without=without)
+            moment, target = draw(seed, index, without=without), STRIDE * (index + 1)
             try:
-                seen, line = run.go_on(moment, STRIDE * (index + 1))
+                seen, line = run.go_on(moment, target)
             except AssertionError as error:
-                if "disk" not in without:  # its content goes with it
-                    shutil.copytree(folder / "run", folder / "broken")
-                raise Broken(f"moment {index} of seed {seed}: {error}") from error
+                recipe = f"python -m tests.soak --seed {seed} --strategy {strategy} --only {index}"
+                raise Broken(f"{error}\nsoak: broken at moment {index} of seed {seed}; alone: {recipe}") from error
             done.append(moment)
             missed += not moment.struck(seen)
             left = (time.monotonic() - first) / len(done) * (len(indices) - len(done))
             print(f"{len(done)}/{len(indices)}, {_duration(left)} to go | moment {index}: {line}", flush=True)
-        last = STRIDE * (indices[len(done) - 1] + 2) if done else STRIDE
+        last = target + STRIDE
         run.go_on(None, last)
         run.check_end(last)
-    kinds = Counter(moment.noun for moment in done)
+    kinds = sorted(Counter(moment.noun for moment in done).items())
     line = (
-        f"soak: {len(done)} moments ({', '.join(f'{count} {noun}' for noun, count in sorted(kinds.items()))}) in "
+        f"soak: {len(done)} moments ({', '.join(f'{n} {noun}' + 's' * (n != 1) for noun, n in kinds)}) in "
         f"{_duration(time.monotonic() - begin)}, seed {seed}, {strategy} on {WORLD} ranks: 0 of {len(run.checkpoints)} "
         f"published checkpoints lost, 0 wrong bits, {run.steps_trained} steps trained for a run of {last}"
     )
@@ -708,6 +701,16 @@ def _is_permitted(stack: ExitStack, place: Cable | Disk) -> bool:
     return True
 
 
+@contextmanager
+def _kept_if_broken(run: Path) -> Iterator[None]:
+    """A copy of the run beside it, because what lies on a disk of its own goes with that."""
+    try:
+        yield
+    except AssertionError:
+        shutil.copytree(run, run.with_name("broken"))
+        raise
+
+
 def _duration(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
@@ -727,7 +730,7 @@ def main() -> int:
     try:
         summary = soak(folder, indices, seed=arguments.seed, minutes=arguments.minutes, strategy=arguments.strategy)
     except Broken as error:
-        print(f"soak: {error}\nthe runs are kept in {folder}; that moment alone: --seed S --only K", flush=True)
+        print(f"{error}\nthe runs are kept in {folder}", flush=True)
         return 1
     if arguments.keep is None:
         shutil.rmtree(folder)

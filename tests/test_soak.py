@@ -22,7 +22,6 @@ SHORT = (*OPTIONS, "engine.strategy=fsdp2")
 def test_nothing_is_lost_at_random_moments_and_no_bit_changes(tmp_path: Path, strategy: str) -> None:
     summary = soak(tmp_path, range(12), seed=0, strategy=strategy)
     assert summary.complete and summary.steps_trained >= 13 * STRIDE, summary.line
-    assert "0 of" in summary.line
 
 
 def test_a_moment_depends_on_seed_and_index_alone() -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ wait_for_a_peer_that_is_gone()
 """
 
 
+@pytest.fixture
+def restored_handlers() -> Iterator[None]:
+    previous = [signal.getsignal(number) for number in STOP_SIGNALS]
+    yield
+    for number, handler in zip(STOP_SIGNALS, previous, strict=True):
+        signal.signal(number, handler)
+
+
 def start(program: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -65,6 +74,16 @@ def test_the_first_signal_gives_the_reason_and_repeated_ones_change_nothing() ->
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGINT):  # one Ctrl-C, delivered twice
         process.send_signal(number)
     assert finish(process) == (0, "closed\n", "")
+
+
+def test_a_request_that_is_repeated_after_the_stop_does_not_end_the_process() -> None:
+    process = start(POLLING.format(linger=0) + "time.sleep(0.5)\n")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None and process.stdout.readline() == "SIGTERM\n"
+    assert process.stdout.readline() == "closed\n"
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        process.send_signal(number)
+    assert finish(process) == (0, "", "")
 
 
 def test_a_second_interrupt_ends_the_process_at_once() -> None:
@@ -116,7 +135,7 @@ def test_close_restores_what_was_there_before() -> None:
     assert signal.set_wakeup_fd(wakeup_before) == wakeup_before
 
 
-def test_the_flag_records_when_the_signal_came() -> None:
+def test_the_flag_records_when_the_signal_came(restored_handlers: None) -> None:
     with StopFlag() as flag:
         before = time.time()
         signal.raise_signal(signal.SIGUSR2)
@@ -125,12 +144,7 @@ def test_the_flag_records_when_the_signal_came() -> None:
         assert before <= flag.request.time <= time.time()
 
 
-def test_a_helper_process_ignores_every_stop_signal() -> None:
-    previous = [signal.getsignal(number) for number in STOP_SIGNALS]
-    try:
-        ignore_stop_signals(3)
-        for number in STOP_SIGNALS:
-            signal.raise_signal(number)
-    finally:
-        for number, handler in zip(STOP_SIGNALS, previous, strict=True):
-            signal.signal(number, handler)
+def test_a_helper_process_ignores_every_stop_signal(restored_handlers: None) -> None:
+    ignore_stop_signals(3)
+    for number in STOP_SIGNALS:
+        signal.raise_signal(number)
