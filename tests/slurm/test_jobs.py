@@ -14,7 +14,7 @@ from tests.slurm.conftest import ENDLESS, Submitted, Workplace
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-STEPS = 200  # seconds of training: time enough to strike, and to be repeated by a reference
+STEPS = 120  # seconds of training: time enough to strike, and to be repeated by a reference
 LAUNCHERS = ("srun", "torchrun", "accelerate")
 LONG = (f"train.steps={STEPS}", "train.log_every=5")
 
