@@ -214,6 +214,7 @@ def part_of(log: str, attempt: int) -> str:
 
 def _history(attempts: Sequence[Attempt], *, runs: bool) -> str:
     again = len(attempts) - len({attempt.job for attempt in attempts})
+    again += attempts[-1].action == "requeue"  # and has not started yet
     ends = [attempt.outcome or ("running" if runs and attempt is attempts[-1] else "lost") for attempt in attempts]
     shown = ", ".join([*(["..."] if len(ends) > 5 else []), *ends[-5:]])
     return f"{len(attempts)}, requeued {again} time{'s' * (again != 1)}: {shown}"
