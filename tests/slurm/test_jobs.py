@@ -102,7 +102,7 @@ def test_the_warning_before_the_time_limit_comes_and_is_heeded(
     workplace: Workplace, tiny: Tiny, tmp_path: Path
 ) -> None:
     job = workplace.submit(
-        tiny.prime, tmp_path / "run", f"train.steps={ENDLESS}", time="2min", signal_lead="110s", nodes=1
+        tiny.prime, tmp_path / "run", f"train.steps={ENDLESS}", time="2min", signal_lead="70s", nodes=1
     )
     job.wait_for(lambda: job.outcomes[:1] == ["warned"])
     job.wait_for(lambda: len(job.attempts) == 2 and job.log.count("starts at") == 2)
