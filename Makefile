@@ -5,12 +5,13 @@ VENV ?= .venv
 FETCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench install clean
+.PHONY: demo test test-slow test-slurm lint bench install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train ARM, MDM, Prime and Prime-v2 on real text and compare their valid bounds (about 20 minutes)"
 	@echo "make test    all tests but the slow ones;  make test-slow  the slow ones (faults at random moments)"
+	@echo "make test-slurm  jobs on a real SLURM that is started for them (root; installs Debian packages if missing)"
 	@echo "make lint    ruff and pyright;             make bench      every benchmark, with ratios"
 
 # Set-up: one environment, versions from constraints.txt. The exact torch version keeps CUDA builds off machines
@@ -40,10 +41,13 @@ demo: install
 
 test: install
 	$(BIN)/unmask data fetch prose-21 tokenizers
-	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "not slow and not slurm and not gpu"
 
 test-slow: install
-	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "slow and not gpu"
+	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "slow and not slurm and not gpu"
+
+test-slurm: install
+	$(BIN)/python -m pytest tests/slurm -m slurm
 
 lint: install
 	$(BIN)/ruff format --check .

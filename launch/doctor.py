@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -21,7 +22,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from launch.errors import ClusterError
 from launch.local import RENDEZVOUS_FILE, run_local, usable_cores
+from launch.metrics import read_metrics
+from launch.slurm import call
 
 _ROOT = Path(__file__).resolve().parents[1]
 _OUR_NAMES = ("launch", "llm", "vision", "rl")
@@ -59,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: check_disk(Path.cwd()),
         check_limits,
         lambda: check_cache(os.environ),
+        lambda: check_slurm(Path("runs")),
     ]
     failed = False
     for check in checks:
@@ -258,6 +263,45 @@ def check_cache(environ: Mapping[str, str]) -> list[Finding]:
         remedy = "unmask data fetch --help lists what there is; own text needs none of it"
         return [Finding(level="WARN", what="data", text=f"nothing fetched in {cache}", remedy=remedy)]
     return [Finding(level="OK", what="data", text=f"{', '.join(fetched)} in {cache}")]
+
+
+def check_slurm(runs: Path) -> list[Finding]:
+    """Does SLURM answer, and does it leave a cancelled job the time of a checkpoint? Nothing where there is none."""
+    missing = [name for name in ("sbatch", "squeue", "scontrol", "scancel", "srun") if shutil.which(name) is None]
+    if len(missing) == 5:
+        return []
+    if missing:
+        remedy = "install the client commands of your cluster's SLURM, or work on its login node"
+        return [Finding(level="WARN", what="slurm", text=f"{', '.join(missing)} missing", remedy=remedy)]
+    try:
+        settings = call(["scontrol", "show", "config"], timeout=10)
+    except ClusterError as error:
+        remedy = "work on a login node, or set SLURM_CONF"
+        return [Finding(level="WARN", what="slurm", text=str(error), remedy=remedy)]
+    version = re.search(r"^SLURM_VERSION\s*= (\S+)", settings, re.MULTILINE)
+    wait = re.search(r"^KillWait\s*= (\d+)", settings, re.MULTILINE)
+    text = f"{version[1] if version else 'unknown version'}, KillWait {wait[1] if wait else '?'} s"
+    saved = _last_save(runs)
+    if wait is None or saved is None:
+        return [Finding(level="OK", what="slurm", text=text)]
+    run, seconds = saved
+    text += f", the last checkpoint of {run} took {seconds:.1f} s"
+    if seconds < int(wait[1]):
+        return [Finding(level="OK", what="slurm", text=text)]
+    remedy = (
+        "scancel, and preemption without a grace time, kill before a checkpoint is done: rely on checkpoint.every, and "
+        "keep signal_lead of the cluster profile well above that time"
+    )
+    return [Finding(level="WARN", what="slurm", text=text, remedy=remedy)]
+
+
+def _last_save(runs: Path) -> tuple[Path, float] | None:
+    """The run that was written to last, of those that have saved, and how long its last checkpoint took in all."""
+    for path in sorted(runs.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
+        rows = [row for row in read_metrics(path) if "checkpoint/write_seconds" in row]
+        if rows:
+            return path.parent, rows[-1]["checkpoint/stage_seconds"] + rows[-1]["checkpoint/write_seconds"]
+    return None
 
 
 def _limit(value: int) -> str:

@@ -266,6 +266,8 @@ def submit(argv: Sequence[str]) -> int:
         log=Path(pattern, *(["point-%a"] if array else []), "job.log"),
         array=array,
     )
+    if not (options.dry_run or options.check):
+        refuse_if_active(folder)  # before the check, which takes seconds; and again below, when nobody else submits
     world = cluster.nodes * cluster.processes_per_node
     print(_check_configurations(module, options.config, overrides, world), file=sys.stderr)
     if options.dry_run:

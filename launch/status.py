@@ -52,7 +52,7 @@ class Attempt:
     job: str
     started: float  # seconds since the epoch
     outcome: str | None = (
-        None  # finished, warned, preempted, timeout, terminated, stopped, crashed, refused, diverged...
+        None  # finished, warned, preempted, requeued, timeout, terminated, stopped, crashed, refused, ...
     )
     action: str | None = None  # requeue or end
     reason: str | None = None
@@ -181,7 +181,7 @@ def read_attempts(path: Path) -> list[Attempt]:
 
 def last_error(run: Path, attempts: Sequence[Attempt]) -> str | None:
     """Why the last attempt that did not end well did not, and the line of its logs that says most."""
-    well = (None, "finished", "warned", "preempted", "stopped", "terminated")
+    well = (None, "finished", "warned", "preempted", "requeued", "stopped", "terminated")
     bad = [attempt for attempt in attempts if attempt.outcome not in well]
     if not bad or attempts[-1].outcome == "finished":
         return None
@@ -214,6 +214,7 @@ def part_of(log: str, attempt: int) -> str:
 
 def _history(attempts: Sequence[Attempt], *, runs: bool) -> str:
     again = len(attempts) - len({attempt.job for attempt in attempts})
+    again += attempts[-1].action == "requeue"  # and has not started yet
     ends = [attempt.outcome or ("running" if runs and attempt is attempts[-1] else "lost") for attempt in attempts]
     shown = ", ".join([*(["..."] if len(ends) > 5 else []), *ends[-5:]])
     return f"{len(attempts)}, requeued {again} time{'s' * (again != 1)}: {shown}"

@@ -1,4 +1,5 @@
 import importlib.machinery
+import json
 import resource
 import shutil
 from importlib import metadata
@@ -16,6 +17,7 @@ from launch.doctor import (
     check_import_names,
     check_limits,
     check_packages,
+    check_slurm,
     main,
 )
 
@@ -42,7 +44,7 @@ def test_the_doctor_measures_two_processes_and_prints_a_line_for_each_thing(
     assert {level for level, _ in findings} <= {"OK", "WARN", "FAIL"}
     assert {what for _, what in findings} == {
         *("python", "packages", "names", "devices", "cores", "gloo", "disk", "limits", "data")
-    } | ({"nccl"} if any("nccl" in line for line in lines) else set())
+    } | {what for what in ("nccl", "slurm") if any(f" {what} " in line for line in lines)}
     assert code == int(any(level == "FAIL" for level, _ in findings))
     (gloo,) = [line for line in lines if " gloo " in line]
     assert gloo.startswith("OK") and gloo.endswith("GiB/s")
@@ -141,3 +143,34 @@ def test_the_cache_is_found_by_the_same_rule_as_by_the_fetcher(tmp_path: Path, m
         (cache_folder() / "tokenizers/gpt2").mkdir(parents=True)
         (finding,) = check_cache(environ)
         assert (finding.level, finding.text) == ("OK", f"corpora/prose, tokenizers/gpt2 in {cache_folder()}")
+
+
+@pytest.mark.parametrize(("kill_wait", "level"), [(30, "WARN"), (60, "OK")])
+def test_a_checkpoint_that_takes_longer_than_slurm_waits_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_wait: int, level: str
+) -> None:
+    fake_slurm(tmp_path, monkeypatch, f"echo 'KillWait                = {kill_wait} sec'")
+    run = tmp_path / "runs" / "big"
+    run.mkdir(parents=True)
+    row = {"step": 5, "time": 1.0, "checkpoint/stage_seconds": 2.0, "checkpoint/write_seconds": 40.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (finding,) = check_slurm(tmp_path / "runs")
+    assert finding.level == level and "took 42.0 s" in finding.text and f"KillWait {kill_wait} s" in finding.text
+
+
+def test_a_slurm_that_does_not_answer_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_slurm(tmp_path, monkeypatch, "echo no controller >&2; exit 1")
+    (finding,) = check_slurm(tmp_path)
+    assert finding.level == "WARN" and "scontrol says: no controller" in finding.text
+
+
+def test_where_there_is_no_slurm_nothing_is_said_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check_slurm(tmp_path) == []
+
+
+def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str) -> None:
+    for name in ("sbatch", "squeue", "scontrol", "scancel", "srun"):
+        (folder / name).write_text(f"#!/bin/sh\n{scontrol if name == 'scontrol' else 'exit 1'}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")

@@ -3,7 +3,7 @@ import torch
 
 from launch import runtime
 from launch.errors import ClusterError, DataError
-from launch.runtime import Place, place_from_environment
+from launch.runtime import Place, place_from_environment, ranks_of_srun
 from tests.processes import spawn
 
 TORCHRUN = {
@@ -34,6 +34,43 @@ def test_a_half_set_environment_is_an_error_that_names_what_is_missing(missing):
 def test_a_rank_beyond_its_world_is_an_error():
     with pytest.raises(ClusterError, match="RANK=4"):
         place_from_environment(TORCHRUN | {"RANK": "4"})
+
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),3",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "20001",
+}
+
+
+def test_a_task_of_srun_is_a_rank():
+    found = ranks_of_srun(SRUN)
+    assert found == {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
+    assert place_from_environment(SRUN | found) == Place(rank=5, world_size=7, local_rank=1, local_world_size=3)
+    assert ranks_of_srun(SRUN | {"SLURM_NODEID": "1"})["LOCAL_WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize("missing", [name for name in SRUN if name != "SLURM_STEP_NUM_TASKS"])
+def test_tasks_of_srun_that_could_not_meet_do_not_train_alone(missing):
+    with pytest.raises(ClusterError, match=f"srun started 7 tasks, but {missing} is not set"):
+        ranks_of_srun({k: v for k, v in SRUN.items() if k != missing})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "16", "SLURM_JOB_NUM_NODES": "2"},  # a shell of salloc
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty bash
+        SRUN | TORCHRUN,  # an agent in a task has set its own
+    ],
+)
+def test_what_is_no_rank_of_srun_is_left_alone(environment):
+    assert ranks_of_srun(environment) == {}
 
 
 def agreements(folder):

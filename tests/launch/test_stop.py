@@ -1,5 +1,6 @@
 """Signals are sent to real processes: a handler that works only when called by hand is no handler."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from launch.stop import EXIT_HUNG, EXIT_NOW, STOP_SIGNALS, StopFlag, ignore_stop_signals
+from launch.stop import (
+    EXIT_HUNG,
+    EXIT_NOW,
+    GO_ON,
+    STOP_SIGNALS,
+    TOLD_TO_END,
+    WARNED,
+    StopFlag,
+    ask_for_requeue,
+    ignore_stop_signals,
+    record_exit,
+)
 
 POLLING = """
 import time
@@ -142,6 +154,33 @@ def test_the_flag_records_when_the_signal_came(restored_handlers: None) -> None:
         assert flag.code() == 1
         assert flag.request is not None and flag.request.reason == "SIGUSR2"
         assert before <= flag.request.time <= time.time()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [("SIGUSR1", WARNED), ("SIGUSR2", WARNED), ("SIGTERM", TOLD_TO_END), ("SIGINT", TOLD_TO_END)]
+)
+def test_a_warning_wants_to_go_on_later_and_is_weaker_than_a_wish_to_end(
+    restored_handlers: None, number: str, code: int
+) -> None:
+    with StopFlag() as flag:
+        signal.raise_signal(signal.Signals[number])
+        assert flag.code() == code
+    assert GO_ON < WARNED < TOLD_TO_END
+
+
+def test_a_rank_leaves_its_exit_code_where_the_job_script_looks_for_it(tmp_path: Path) -> None:
+    record_exit(tmp_path, 3, 77)
+    assert list(tmp_path.iterdir()) == []  # nobody looks: a refused start leaves no run folder behind
+    (tmp_path / "health").mkdir()
+    record_exit(tmp_path, 3, 77)
+    assert (tmp_path / "health" / "rank-00003.exit").read_text() == "77\n"
+
+
+def test_the_wish_to_be_requeued_names_reason_step_and_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    ask_for_requeue(tmp_path, reason="SIGUSR1", step=7)
+    assert json.loads((tmp_path / "REQUEUE").read_text()) == {"reason": "SIGUSR1", "step": 7, "restart": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["REQUEUE"]
 
 
 def test_a_helper_process_ignores_every_stop_signal(restored_handlers: None) -> None:

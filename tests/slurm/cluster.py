@@ -64,7 +64,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=20
+SlurmdTimeout=15
 KillWait={kill_wait}
 MinJobAge=900
 {nodes}
@@ -108,10 +108,8 @@ class Cluster:
                 self.wait_for(lambda: not self.run("squeue", "--noheader").strip(), seconds=20, quiet=True)
         for name in (*self.nodes, "slurmctld", "munged"):
             self._end(name, signal.SIGTERM)
-        # What is left of jobs whose daemon was killed outlives it; their environment says whose they are.
-        for process in _processes_with(f"SLURM_CONF={self.folder / 'slurm.conf'}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        for node in self.nodes:
+            self._kill_jobs(node)
 
     def start_node(self, node: str) -> None:
         """Start the slurmd of `node` if it is not running; one that was down comes back by itself."""
@@ -120,9 +118,7 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """The daemon and everything that it started die at once, as if the power had failed."""
         self.kill_daemon(node)
-        for step in _processes_with(f"SLURMD_NODENAME={node}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(step, signal.SIGKILL)
+        self._kill_jobs(node)
 
     def kill_daemon(self, node: str) -> None:
         """Only slurmd dies; what it started lives on."""
@@ -199,6 +195,21 @@ class Cluster:
         if not self.wait_for(lambda: self._pid(name) is None, seconds=10, quiet=True):
             os.kill(pid, signal.SIGKILL)
 
+    def _kill_jobs(self, node: str) -> None:
+        """What outlives the daemon of a node: first the step daemons, which would report, then the jobs' processes."""
+        log = str(self.folder / "log" / f"{node}.log")  # which a step daemon has open
+        mine = {f"SLURM_CONF={self.folder / 'slurm.conf'}".encode(), f"SLURMD_NODENAME={node}".encode()}
+        steps, others = [], []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has just ended
+                if any(os.readlink(descriptor) == log for descriptor in (process / "fd").iterdir()):
+                    steps.append(int(process.name))
+                elif mine <= set((process / "environ").read_bytes().split(b"\0")):
+                    others.append(int(process.name))
+        for pid in (*steps, *others):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def _is_running(self, name: str) -> bool:
         return self._pid(name) is not None
 
@@ -254,15 +265,6 @@ def _free_ports(count: int) -> list[int]:
         if len(found) == count:
             return found
     raise RuntimeError(f"fewer than {count} free ports between 20000 and 32000")
-
-
-def _processes_with(variable: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if variable.encode() in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
