@@ -8,7 +8,6 @@ stream keyed by its name, so they do not depend on how, or whether, the model is
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -387,9 +386,18 @@ def prepare_blocks(model: TrainableModel, config: EngineConfig) -> None:
             options = (
                 {"context_fn": _keep_expensive_operations} if config.activation_checkpointing == "selective" else {}
             )
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+            block.forward = _checkpointed(block.forward, options)
         if config.compile:
             block.compile(dynamic=False)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """A function and not a `partial`, in front of which torch.compile gives up without a word (torch 2.13)."""
+
+    def checkpointed(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options)
+
+    return checkpointed
 
 
 def _keep_expensive_operations() -> tuple[Any, Any]:

@@ -49,7 +49,9 @@ class FSDP2:
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
         with torch.device("meta"):
             model = build_model()
-        seen_in_part = split(model, self._mesh["tensor"]) if config.tensor_parallel > 1 else []
+        seen_in_part = (
+            split(model, self._mesh["tensor"], own_draws=not config.compile) if config.tensor_parallel > 1 else []
+        )
         prepare_blocks(model, config)
         data_mesh = self._mesh[tuple(name for name in self._mesh.mesh_dim_names or () if name != "tensor")]
         for unit in (*model.blocks, model):

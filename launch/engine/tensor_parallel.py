@@ -21,10 +21,12 @@ from launch.errors import ConfigError
 from launch.random import stream_key
 
 
-def split(model: Any, mesh: DeviceMesh) -> list[str]:
+def split(model: Any, mesh: DeviceMesh, *, own_draws: bool) -> list[str]:
     """Split the layers of `model` over `mesh` in place, as its plan says.
 
-    Returns the names of the parameters whose gradients `add_up` must complete: whole ones, inside of regions.
+    Without `own_draws`, random regions draw alike on every rank of a group, as torch.compile needs it: it cannot trace
+    a change of the generator, and would leave a checkpointed block as it is. Returns the names of the parameters whose
+    gradients `add_up` must complete: whole ones, inside of regions.
     """
     if not isinstance(model, SplittableModel):
         raise ConfigError(
@@ -42,7 +44,7 @@ def split(model: Any, mesh: DeviceMesh) -> list[str]:
         # One conversion at the entrance, and not one at each layer inside: their gradients are then added up before
         # they are exchanged.
         module.register_forward_pre_hook(partial(_enter, mesh))
-        if how == "random-region":
+        if how == "random-region" and own_draws:
             module.forward = partial(_with_own_draws, module.forward, name, mesh)
     return [
         f"{name}.{inner}"

@@ -172,6 +172,31 @@ def test_a_strategy_at_a_world_size_gives_the_curve_and_weights_of_a_plain_loop(
         assert evaluated == pytest.approx(loss_of(model, tokens_of(0), 1.0).item(), rel=1e-5)
 
 
+def compiled(config, folder):
+    """The curve, and how many graphs torch.compile made."""
+    from torch._dynamo.utils import counters
+
+    curve, *_ = run(config, 1, False, folder)
+    return curve, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(strategy="ddp", compile=True),
+        EngineConfig(strategy="fsdp2", compile=True, activation_checkpointing="full"),
+        EngineConfig(strategy="fsdp2", compile=True, activation_checkpointing="selective", tensor_parallel=2),
+    ],
+    ids=["ddp", "fsdp2-full", "tp2-selective"],
+)
+def test_blocks_are_really_compiled_checkpointed_or_not(config, tmp_path):
+    expected, _ = plain_loop()
+    for curve, graphs in spawn(compiled, 2, config, tmp_path, group=False, timeout=280):
+        assert graphs > 0
+        assert [loss for loss, _, _ in curve] == pytest.approx([loss for loss, _, _ in expected], rel=1e-5)
+
+
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights_and_states(tmp_path):
     for strategy in ("ddp", "fsdp2", "zero2", "zero3"):
         folder = tmp_path / strategy

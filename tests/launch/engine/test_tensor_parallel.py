@@ -154,13 +154,21 @@ def test_dropout_outside_of_regions_is_the_same_on_a_tensor_group_so_its_copies_
     assert all(torch.equal(left[2][name], right[2][name]) for name in left[2])
 
 
+@pytest.mark.slow
+def test_compiled_blocks_keep_the_copies_of_a_tensor_group_equal_under_dropout(tmp_path):
+    config = EngineConfig(strategy="fsdp2", tensor_parallel=2, activation_checkpointing="full", compile=True)
+    left, right = spawn(on_ranks, 2, tmp_path, config, 0.5, group=False, timeout=280)
+    assert left[1] == right[1]
+    assert all(torch.equal(left[2][name], right[2][name]) for name in left[2])
+
+
 def draws(folder):
     """Dropout masks inside of the two regions, in two forwards of one seed and one of another; then a common draw."""
     here = start(folder)
     model = Model(0.5)
     for p in model.parameters():
         nn.init.ones_(p)
-    split(model, init_device_mesh("cpu", (2,)))
+    split(model, init_device_mesh("cpu", (2,)), own_draws=True)
     seen = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
