@@ -216,6 +216,13 @@ def test_an_error_of_the_user_is_not_tried_again(workplace: Workplace, tiny: Tin
         assert "error: " in shown and "gone" in shown
 
 
+def test_a_run_that_diverged_is_not_tried_again(workplace: Workplace, tiny: Tiny, tmp_path: Path) -> None:
+    overrides = ("schedule.lr=1.0e+30", "guard.max_consecutive_skips=0", "guard.max_rollbacks=0")
+    job = workplace.submit(tiny.prime, tmp_path / "run", *overrides, launcher="torchrun")
+    assert job.wait_until_over() == "FAILED", job.log
+    assert job.outcomes == ["diverged"], job.log
+
+
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
