@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 STEPS = 120  # seconds of training: time enough to strike, and to be repeated by a reference
 LAUNCHERS = ("srun", "torchrun", "accelerate")
-LONG = (f"train.steps={STEPS}", "train.log_every=5")
+LONG = (f"train.steps={STEPS}", "train.log_every=1")
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +115,7 @@ def test_a_preempted_job_saves_and_comes_back_with_and_without_a_grace_time(
     workplace: Workplace, tiny: Tiny, unbroken: Path, tmp_path: Path
 ) -> None:
     jobs = [
-        workplace.submit(tiny.prime, tmp_path / partition, *LONG, "train.log_every=1", partition=partition)
+        workplace.submit(tiny.prime, tmp_path / partition, *LONG, partition=partition)
         for partition in ("main", "spot")  # without, with a grace time
     ]
     for job in jobs:
