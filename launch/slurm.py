@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -54,6 +55,20 @@ class JobRecord:
     points: tuple[
         str, ...
     ] = ()  # overrides of each point, in a sweep's own folder; its points are in point-0, point-1...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a job, of RUN/attempts.jsonl. Without an `outcome` it runs, or was lost (its node died, say)."""
+
+    number: int
+    job: str
+    started: float  # seconds since the epoch
+    outcome: str | None = (
+        None  # finished, warned, preempted, requeued, timeout, terminated, stopped, crashed, refused, ...
+    )
+    action: str | None = None  # requeue or end
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +338,8 @@ def grid(arrays: Sequence[str]) -> list[tuple[str, ...]]:
 
 def refuse_if_active(folder: Path) -> None:
     """`ClusterError` with the job's id if this run, or a point of this sweep, is in the queue."""
-    records = [read_record(run) for run in (folder, *sorted(folder.glob("point-*")))]
-    for job in queued([record.job_id for record in records if record is not None])[:1]:
+    ids = [job_of(run) for run in (folder, *sorted(folder.glob("point-*")))]
+    for job in queued([job_id for job_id in ids if job_id is not None])[:1]:
         raise ClusterError(
             f"{folder} is job {job.job_id} already ({job.state}); wait for it, or end it: unmask cancel "
             f"{shlex.quote(str(folder))}"
@@ -366,6 +381,30 @@ def read_record(run: Path) -> JobRecord | None:
         return None
     fields = json.loads(path.read_text())
     return JobRecord(**{**fields, "points": tuple(fields["points"])})
+
+
+def read_attempts(run: Path) -> list[Attempt]:
+    """Oldest first. A line that the death of a node has torn is left out."""
+    path = run / "attempts.jsonl"
+    attempts: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["event"] == "start":
+            attempts[row["attempt"]] = {"number": row["attempt"], "job": row["job"], "started": row["time"]}
+        elif row["attempt"] in attempts:
+            attempts[row["attempt"]] |= {key: row[key] for key in ("outcome", "action", "reason")}
+    return [Attempt(**fields) for fields in attempts.values()]
+
+
+def job_of(run: Path) -> str | None:
+    """The last job of a run, whoever has submitted it; None if it never met SLURM."""
+    record, attempts = read_record(run), read_attempts(run)
+    if attempts and (record is None or attempts[-1].started > record.submitted):
+        return attempts[-1].job
+    return None if record is None else record.job_id
 
 
 def has_slurm() -> bool:
@@ -425,15 +464,15 @@ def cancel(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     run = parser.parse_args(argv).run
-    record = read_record(run)
-    if record is None:
-        raise ConfigError(f"{run} was not submitted to SLURM: it has no job.json")
-    active = queued([record.job_id])
+    job_id = job_of(run)
+    if job_id is None:
+        raise ConfigError(f"{run} was not submitted to SLURM: it has neither job.json nor attempts.jsonl")
+    active = queued([job_id])
     if not active:
-        state = final_state(record.job_id) or "forgotten"
-        print(f"job {record.job_id} of {run} is not in the queue ({state}): nothing to do")
+        state = final_state(job_id) or "forgotten"
+        print(f"job {job_id} of {run} is not in the queue ({state}): nothing to do")
         return EXIT_OK
-    call(["scancel", record.job_id])
+    call(["scancel", job_id])
     for job in active:
         running = (
             "its ranks have KillWait seconds to save a checkpoint" if job.state == "RUNNING" else "it had not started"

@@ -12,20 +12,27 @@ Nothing here asks a running process anything, so it works from a login node, and
 """
 
 import argparse
-import json
 import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from launch.errors import ClusterError, ConfigError
 from launch.metrics import metrics_path, read_metrics
-from launch.slurm import JobRecord, QueuedJob, final_state, has_slurm, queued, read_record
+from launch.slurm import (
+    Attempt,
+    JobRecord,
+    QueuedJob,
+    final_state,
+    has_slurm,
+    job_of,
+    queued,
+    read_attempts,
+    read_record,
+)
 from launch.stop import EXIT_OK
 from launch.watch import lagging, read_health
 
@@ -42,20 +49,6 @@ _TELLING = (
 )
 # The peers of a rank that died raise errors too; they are the echo, not the cause.
 _ECHO = re.compile(r"ChildFailedError|SignalException|[Cc]onnection (?:closed|reset|refused)|Broken pipe|gloo|NCCL")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One start of a job, of RUN/attempts.jsonl. Without an `outcome` it runs, or was lost (its node died, say)."""
-
-    number: int
-    job: str
-    started: float  # seconds since the epoch
-    outcome: str | None = (
-        None  # finished, warned, preempted, requeued, timeout, terminated, stopped, crashed, refused, ...
-    )
-    action: str | None = None  # requeue or end
-    reason: str | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,25 +116,22 @@ def log_of(run: Path, record: JobRecord | None, rank: int) -> Path:
 
 def states(runs: Sequence[Path]) -> dict[Path, QueuedJob | str]:
     """For each submitted run its line of the queue, or in words what became of its job."""
-    records = {run: record for run in runs if (record := read_record(run)) is not None}
+    ids = {run: job_id for run in runs if (job_id := job_of(run)) is not None}
     if not has_slurm():
-        return {run: "unknown: no squeue here" for run in records}
+        return {run: "unknown: no squeue here" for run in ids}
     try:
-        jobs = {job.job_id: job for job in queued([record.job_id for record in records.values()])}
-        return {
-            run: jobs.get(record.job_id) or final_state(record.job_id) or "left the queue"
-            for run, record in records.items()
-        }
+        jobs = {job.job_id: job for job in queued(list(ids.values()))}
+        return {run: jobs.get(id_) or final_state(id_) or "left the queue" for run, id_ in ids.items()}
     except ClusterError as error:  # the files tell the rest
-        return {run: f"unknown: {error}" for run in records}
+        return {run: f"unknown: {error}" for run in ids}
 
 
 def describe(run: Path, state: QueuedJob | str | None, *, now: float) -> list[tuple[str, str]]:
     """Titles and texts of what is known of a run."""
-    record, attempts = read_record(run), read_attempts(run / "attempts.jsonl")
+    job_id, attempts = job_of(run), read_attempts(run)
     rows = []
-    if record is not None:
-        rows.append(("job", f"{record.job_id} {_state_text(state)}"))
+    if job_id is not None:
+        rows.append(("job", f"{job_id} {_state_text(state)}"))
     rows.append(("step", _progress(run)))
     rows.append(("checkpoint", _checkpoint(run, now)))
     if attempts:
@@ -154,29 +144,14 @@ def describe(run: Path, state: QueuedJob | str | None, *, now: float) -> list[tu
 
 
 def one_line(run: Path, state: QueuedJob | str | None, *, now: float) -> str:
-    record, attempts = read_record(run), read_attempts(run / "attempts.jsonl")
+    job_id, attempts = job_of(run), read_attempts(run)
     word = state.state if isinstance(state, QueuedJob) else state
     last = attempts[-1].outcome if attempts else None
-    parts = [f"{run!s:<32}", f"{record.job_id} {word}" if record else "not submitted", _progress(run)]
+    parts = [f"{run!s:<32}", f"{job_id} {word}" if job_id else "no job", _progress(run)]
     parts += [f"checkpoint {_checkpoint(run, now)}"] if last != "finished" else []
     runs = isinstance(state, QueuedJob) and bool(state.nodes)
     parts += [_history(attempts, runs=runs)] if len(attempts) > 1 or last not in (None, "finished") else []
     return " | ".join(parts)
-
-
-def read_attempts(path: Path) -> list[Attempt]:
-    """Oldest first. A line that the death of a node has torn is left out."""
-    attempts: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["event"] == "start":
-            attempts[row["attempt"]] = {"number": row["attempt"], "job": row["job"], "started": row["time"]}
-        elif row["attempt"] in attempts:
-            attempts[row["attempt"]] |= {key: row[key] for key in ("outcome", "action", "reason")}
-    return [Attempt(**fields) for fields in attempts.values()]
 
 
 def last_error(run: Path, attempts: Sequence[Attempt]) -> str | None:

@@ -22,6 +22,7 @@ from launch.slurm import (
     QueuedJob,
     grid,
     job_name,
+    job_of,
     parse_scontrol,
     parse_squeue,
     read_record,
@@ -340,6 +341,18 @@ def test_a_queue_that_does_not_answer_is_no_leave_to_submit_twice(tmp_path, monk
     fake(tmp_path, monkeypatch, squeue="echo 'Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(ClusterError, match="squeue says: Unable to contact slurm controller"):
         refuse_if_active(tmp_path / "run")
+
+
+def test_the_last_job_of_a_run_may_have_been_submitted_by_hand(tmp_path):
+    assert job_of(tmp_path) is None
+    run = tmp_path / "run"
+    remember(run, "17")
+    start = {"event": "start", "attempt": 1, "job": "16", "time": -1.0}
+    (run / "attempts.jsonl").write_text(json.dumps(start) + "\n")
+    assert job_of(run) == "17"  # submitted since, and it waits
+    by_hand = start | {"attempt": 2, "job": "18", "time": 5.0}
+    (run / "attempts.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(by_hand)}\n")
+    assert job_of(run) == "18"
 
 
 def test_cancel_says_what_it_did(tmp_path, monkeypatch, capsys):

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from launch.slurm import read_record
-from launch.status import Attempt, read_attempts
+from launch.slurm import Attempt, read_attempts, read_record
 from tests.runs import ROOT, Tiny, write_tiny
 from tests.slurm.cluster import Cluster
 
@@ -68,7 +67,7 @@ class Submitted:
 
     @property
     def attempts(self) -> list[Attempt]:
-        return read_attempts(self.run / "attempts.jsonl")
+        return read_attempts(self.run)
 
     @property
     def outcomes(self) -> list[str | None]:

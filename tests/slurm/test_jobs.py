@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 STEPS = 120  # seconds of training: time enough to strike, and to be repeated by a reference
 LAUNCHERS = ("srun", "torchrun", "accelerate")
-LONG = (f"train.steps={STEPS}", "train.log_every=5")
+LONG = (f"train.steps={STEPS}", "train.log_every=1")
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +115,7 @@ def test_a_preempted_job_saves_and_comes_back_with_and_without_a_grace_time(
     workplace: Workplace, tiny: Tiny, unbroken: Path, tmp_path: Path
 ) -> None:
     jobs = [
-        workplace.submit(tiny.prime, tmp_path / partition, *LONG, "train.log_every=1", partition=partition)
+        workplace.submit(tiny.prime, tmp_path / partition, *LONG, partition=partition)
         for partition in ("main", "spot")  # without, with a grace time
     ]
     for job in jobs:
@@ -214,6 +214,13 @@ def test_an_error_of_the_user_is_not_tried_again(workplace: Workplace, tiny: Tin
         assert job.outcomes == ["refused"], job.log
         shown = workplace.unmask("status", str(run))
         assert "error: " in shown and "gone" in shown
+
+
+def test_a_run_that_diverged_is_not_tried_again(workplace: Workplace, tiny: Tiny, tmp_path: Path) -> None:
+    overrides = ("schedule.lr=1.0e+30", "guard.max_consecutive_skips=0", "guard.max_rollbacks=0")
+    job = workplace.submit(tiny.prime, tmp_path / "run", *overrides, launcher="torchrun")
+    assert job.wait_until_over() == "FAILED", job.log
+    assert job.outcomes == ["diverged"], job.log
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
