@@ -169,12 +169,12 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.send(signal.SIGKILL)  # nobody is there any more after `wait`
+        self.send(signal.SIGKILL)
 
     def send(self, number: int, ranks: Sequence[int] | None = None) -> None:
         """A signal to these ranks (all of them) that are still there."""
         for rank, process in enumerate(self._processes):
-            if ranks is None or rank in ranks:
+            if process.exitcode is None and (ranks is None or rank in ranks):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid or 0, number)
 
@@ -189,13 +189,15 @@ class Ranks:
     def wait(self, timeout: float = 120.0) -> Ended:
         deadline = time.monotonic() + timeout
         killed, failed_at = False, None
-        while self.running:
-            failed = any(p.exitcode not in (None, EXIT_OK, EXIT_STOPPED, EXIT_DIVERGED) for p in self._processes)
-            failed_at = failed_at or (time.monotonic() if failed else None)
-            if not killed and (time.monotonic() > deadline or (failed_at and time.monotonic() > failed_at + _GRACE_S)):
-                killed = True
-                self.send(signal.SIGKILL)
-            time.sleep(0.02)
+        with self:  # so that an interrupted test leaves nobody behind
+            while self.running:
+                failed = any(p.exitcode not in (None, EXIT_OK, EXIT_STOPPED, EXIT_DIVERGED) for p in self._processes)
+                now = time.monotonic()
+                failed_at = failed_at or (now if failed else None)
+                if not killed and (now > deadline or (failed_at and now > failed_at + _GRACE_S)):
+                    killed = True
+                    self.send(signal.SIGKILL)
+                time.sleep(0.02)
         codes = [process.exitcode for process in self._processes]
         output = "".join(path.read_text() for path in sorted(Path(self._folder.name).glob("output-*")))
         for process in self._processes:

@@ -129,7 +129,7 @@ class Moment:
         return "arranged"
 
     def struck(self, seen: Seen) -> bool:
-        """Whether it came to pass: the attempt may have been over."""
+        """Whether it came to pass."""
         return seen.phase != "over"
 
     def allows(self, seen: Seen) -> bool:
@@ -684,7 +684,7 @@ def soak(
         f"published checkpoints lost, 0 wrong bits, {run.steps_trained} steps trained for a run of {last}"
     )
     if missed:
-        line += f"; {missed} of the moments came too late to strike"
+        line += f"; {missed} of the moments struck nothing: the attempt was over, or nothing was written just then"
     if without:
         line += f"; left out for want of permission: what needs a {' or a '.join(sorted(without))} of its own"
     if len(done) < len(indices):
