@@ -76,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(arguments: argparse.Namespace, *, gpus: str = "1") -> PlanOptions:
-    """`gpus` counts if the command line does not say. `ConfigError` for a value that cannot be, by the name of its option."""
+    """`gpus` counts if the command line does not say. `ConfigError` names the option whose value cannot be."""
     if arguments.flops is not None:
         flops = _number("--flops", arguments.flops, least=1.0)
     else:

@@ -5,7 +5,7 @@ and of every finished gradient, and books what the engine allocates at that mome
 it is made of. All sizes are bytes unless they are called elements.
 
 What the accounts say was read off the code of torch 2.13 and DeepSpeed 0.19.8 and is held against measured peaks in
-tests/launch/test_plan_memory.py.
+tests/llm/test_plan_memory.py.
 """
 
 import math
