@@ -27,8 +27,10 @@ from tests.processes import spawn
 from tests.runs import VOCAB_SIZE, Tiny
 
 _COLLECTIVES = {
-    dist: ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
-    + ("all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter"),
+    dist: (
+        *("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor"),
+        *("all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter"),
+    ),
     functional_collectives: ("wait_tensor",),
 }
 _HANDOVER_S = (0.005, 0.02, 0.08)  # what a worker thread of gloo needs to let go of a collective; tried in turn

@@ -11,7 +11,10 @@ from tests.memory import CASES, configured, measured_peak, predicted
 from tests.runs import ROOT
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("ddp", "ddp, accumulated", "fsdp2", "fsdp2, full, average", "fsdp2, tensor parallel", "zero2", "zero3")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_the_predicted_peak_is_within_ten_percent_of_the_measured_one(name, tiny, tmp_path):
     config, world_size = configured(name, tiny, tmp_path)
     measured = measured_peak(config, world_size)
