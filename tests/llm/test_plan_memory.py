@@ -10,7 +10,6 @@ from llm.train import main
 from tests.memory import CASES, configured, measured_peak, predicted
 from tests.runs import ROOT
 
-
 QUICK = ("ddp", "ddp, accumulated", "fsdp2", "fsdp2, full, average", "fsdp2, tensor parallel", "zero2", "zero3")
 
 
