@@ -31,7 +31,7 @@ _VERBS = {
     "status": "where runs stand, in the queue and in training: unmask status [RUN]",
     "cancel": "end the SLURM job of a run: unmask cancel RUN",
     "logs": "what the job of a run has printed: unmask logs RUN [-f] [--rank N]",
-    "plan": "parameters, FLOPs, memory and steps, without data or devices: unmask plan CONFIG [--gpus N]",
+    "plan": "memory, traffic and speed of every strategy, without data or devices: unmask plan CONFIG [--gpus N]",
     "doctor": "what this machine has, and what is missing: unmask doctor",
 }
 _MODULES = {"eval": "evaluate", "sample": "sample", "export": "export"}
@@ -124,7 +124,7 @@ def _train(verb: str, argv: Sequence[str]) -> int:
     if options.explain is not None:
         return _module_main(module, [*arguments, "--explain", options.explain])
     if options.dry_run:
-        return _module_main(module, [*arguments, "--dry-run", "--world-size", str(options.nproc)])
+        return _module_main(module, [*arguments, "--dry-run", "--gpus", str(options.nproc)])
     if options.nproc < 1:
         raise ConfigError(f"--nproc {options.nproc}; the smallest is 1")
     if options.launcher == "torchrun":
@@ -169,15 +169,16 @@ def _room(name: str) -> str | None:
 
 
 def _plan(argv: Sequence[str]) -> int:
+    from launch.plan import add_options
+
     parser = argparse.ArgumentParser(prog="unmask plan", description=_VERBS["plan"])
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the experiment")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides, e.g. data.vocab_size=1024"
     )
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of processes to plan for (1)")
+    add_options(parser)
     options = parser.parse_intermixed_args(argv)
-    arguments = [str(options.config), *options.overrides, "--plan", "--world-size", str(options.gpus)]
-    return _module_main(configs.entry_module(options.config), arguments)
+    return _module_main(configs.entry_module(options.config), [*argv, "--plan"])
 
 
 def _run_config(run: Path) -> Path:

@@ -49,6 +49,13 @@ def from_dict(schema: type[T], tree: dict[str, Any], *, source: str) -> T:
     return _checked(schema, tree, {key: source for key in flatten(tree)})
 
 
+def check(config: Any) -> None:
+    """`ConfigError` if a section, or the whole, breaks a rule of its own."""
+    for dotted, node in _dataclasses_in(config, ""):
+        if hasattr(node, "check"):
+            node.check(dotted)
+
+
 def read_yaml(path: str | Path, sources: dict[str, str] | None = None) -> dict[str, Any]:
     """The mapping in `path` with its `base:` files merged beneath it; fills `sources` with dotted key -> file."""
     return _read_yaml(Path(path), {} if sources is None else sources, ())
@@ -206,9 +213,7 @@ def _apply_override(tree: dict[str, Any], override: str, sources: dict[str, str]
 
 def _checked(schema: type[T], tree: dict[str, Any], sources: dict[str, str]) -> T:
     config = _build(schema, tree, "", sources)
-    for dotted, node in _dataclasses_in(config, ""):
-        if hasattr(node, "check"):
-            node.check(dotted)
+    check(config)
     return config
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from launch import runtime as runtimes
 from launch.agreement import check_same_everywhere
 from launch.checkpoint import CheckpointStore
 from launch.checkpoint.commit import remedy
-from launch.data import accumulation_steps
 from launch.engine import Engine, build_engine
-from launch.engine.base import data_world_size, load_weights, state_bytes_per_parameter
+from launch.engine.base import load_weights
 from launch.errors import ConfigError, UserError
 from launch.experiment import Experiment, Task
 from launch.local import check_accelerate_environment
 from launch.metrics import MetricsWriter, read_metrics
+from launch.plan import add_options, facts, micro_steps_of, options_from, plan, plan_as_json, table
 from launch.report import write_report
 from launch.runtime import Runtime
 from launch.stop import EXIT_OK, EXIT_USER_ERROR, StopFlag, record_exit
@@ -56,7 +56,7 @@ MakeTask = Callable[[Any, torch.device, bool], Task]  # (config, device, open_da
 
 def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | None = None) -> int:
     """Run one process of an experiment. Errors of the user end in one sentence and `EXIT_USER_ERROR`."""
-    arguments = _parser(schema).parse_args(argv)
+    arguments = _parser(schema).parse_intermixed_args(argv)
     try:
         os.environ.update(runtimes.ranks_of_srun(os.environ))  # before anybody asks for RANK
     except UserError as error:
@@ -72,13 +72,15 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
             print(configs.explain(config, sources, arguments.explain or None))
             return EXIT_OK
         if arguments.plan or arguments.dry_run:
-            world = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+            options = options_from(arguments, gpus=os.environ.get("WORLD_SIZE", "1"))
             if arguments.dry_run:
                 _check_same_experiment(config, config.run.folder)
-            print(plan(config, make_task, world_size=world, open_data=arguments.dry_run), flush=True)
+            task = make_task(config, torch.device("cpu"), arguments.dry_run)
             if arguments.dry_run:
-                task = make_task(config, torch.device("cpu"), True)
-                print(rehearse(config, task, world_size=world))
+                print(table(facts(config, task, options.gpus)), flush=True)
+                print(rehearse(config, task, world_size=options.gpus))
+            else:
+                print((plan_as_json if arguments.json else plan)(config, task, options))
             return EXIT_OK
         return run(config, make_task)
     except UserError as error:
@@ -98,13 +100,6 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
         sys.stderr.flush()
         # Not a clean shutdown: with a peer dead, destroying the process group may wait for ever.
         os._exit(code)
-
-
-def plan(config: Experiment, make_task: MakeTask, *, world_size: int, open_data: bool) -> str:
-    """What the run would be, without running it: every check that needs no second process, then the table."""
-    task = make_task(config, torch.device("cpu"), open_data)
-    _micro_steps(config, world_size)
-    return table(_facts(config, task, world_size))
 
 
 def rehearse(config: Experiment, task: Task, *, world_size: int) -> str:
@@ -131,7 +126,7 @@ def run(config: Experiment, make_task: MakeTask) -> int:
     runtime = runtimes.start(device=config.engine.device, timeout_seconds=config.engine.timeout)
     check_same_everywhere(config, runtime)
     folder = config.run.folder
-    _micro_steps(config, runtime.world_size)
+    micro_steps_of(config, runtime.world_size)
     runtime.decide(lambda: _check_same_experiment(config, folder))
     task = runtime.together(lambda: make_task(config, runtime.device, True))
     engine = build_engine(task.build_model, config.engine, config.optimizer, runtime, seed=config.run.seed)
@@ -164,7 +159,7 @@ def run(config: Experiment, make_task: MakeTask) -> int:
         runtime.decide(lambda: _write_run_folder(config, folder, runtime.world_size))
         metrics.rewind(trainer.progress.step)  # also to 0: an earlier start may have died before its first checkpoint
         if runtime.is_main:
-            rows = _facts(config, task, runtime.world_size) | {
+            rows = facts(config, task, runtime.world_size) | {
                 "engine": engine.describe(),
                 "starts at": "step 0" if latest is None else f"step {trainer.progress.step}, from its checkpoint",
             }
@@ -202,11 +197,6 @@ def _was_judged(folder: Path, step: int | None) -> bool:
     return any(row["step"] == step and any(name.startswith("val/") for name in row) for row in rows)
 
 
-def table(rows: Mapping[str, Any]) -> str:
-    width = max(len(name) for name in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
-
-
 def _parser(schema: type[Experiment]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {schema.__module__.split('.')[0]}.train",
@@ -223,50 +213,12 @@ def _parser(schema: type[Experiment]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything that can be checked, print the plan, stop"
     )
-    parser.add_argument("--plan", action="store_true", help="like --dry-run, without needing the data")
-    parser.add_argument("--world-size", type=int, help="number of processes that --plan and --dry-run assume")
+    parser.add_argument("--plan", action="store_true", help="print what every strategy would need; reads no data")
     parser.add_argument(
         "--explain", nargs="?", const="", metavar="KEY", help="print each value, where it came from and what it means"
     )
+    add_options(parser)
     return parser
-
-
-def _facts(config: Experiment, task: Task, world_size: int) -> dict[str, Any]:
-    with torch.device("meta"):
-        model = task.build_model()
-    assert isinstance(model, torch.nn.Module)
-    parameters = sum(p.numel() for p in model.parameters())
-    saved = 12 + 4 * (config.engine.ema_decay is not None)  # bytes of a parameter: weight, two moments, average
-    train = config.train
-    split = config.engine.tensor_parallel
-    readers = "ranks" if split == 1 else f"groups of {split} ranks"
-    tokens_per_step = train.global_batch * task.tokens_per_sample
-    return {
-        "run": f"{config.run.name} in {config.run.folder}",
-        **task.facts(),
-        "batch": (
-            f"{train.global_batch} sequences = {data_world_size(config.engine, world_size)} {readers} x "
-            f"{train.micro_batch} x {_micro_steps(config, world_size)} micro-steps"
-        ),
-        "budget": f"{train.steps:,} steps x {tokens_per_step:,} tokens = {train.steps * tokens_per_step:,} tokens",
-        "compute": f"{task.flops_per_token() * train.steps * tokens_per_step:.3g} FLOPs (full rule)",
-        "memory": (
-            f"{state_bytes_per_parameter(config.engine, world_size) * parameters / 2**20:,.1f} MiB a rank for weights, "
-            f"gradients and states ({config.engine.strategy} on {world_size}); activations come on top"
-        ),
-        "checkpoint": f"{saved * parameters / 2**20:,.1f} MiB each",
-    }
-
-
-def _micro_steps(config: Experiment, world_size: int) -> int:
-    """Of each rank in a step; `ConfigError` unless ranks and batch can be divided as the configuration says."""
-    data_world_size(config.engine, world_size)
-    return accumulation_steps(
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        world_size=world_size,
-        group=config.engine.tensor_parallel,
-    )
 
 
 def _check_same_experiment(config: Experiment, folder: Path) -> None:

@@ -350,7 +350,7 @@ def _check_configurations(module: str, config: Path, overrides: Sequence[Sequenc
     """Plan every run as its ranks would, but here: a wrong key must not wait a day in the queue."""
 
     def plan(one: Sequence[str]) -> str:
-        command = [sys.executable, "-m", module, str(config), *one, "--dry-run", "--world-size", str(world)]
+        command = [sys.executable, "-m", module, str(config), *one, "--dry-run", "--gpus", str(world)]
         done = subprocess.run(command, text=True, capture_output=True, env=_outside_of_jobs(os.environ), check=False)
         if done.returncode == EXIT_USER_ERROR:
             raise ConfigError(done.stderr.strip().rpartition("error: ")[2])

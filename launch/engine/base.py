@@ -90,23 +90,6 @@ class OptimizerConfig:
             )
 
 
-def state_bytes_per_parameter(config: EngineConfig, world_size: int) -> float:
-    """Bytes of weights, gradients, AdamW's moments and the average on each rank, for each parameter of the model."""
-    average = 4 * (config.ema_decay is not None)
-    shards = world_size // config.replicas
-    if config.strategy == "ddp":
-        return 4 + 4 + 8 + average
-    if config.strategy == "fsdp2":
-        return (4 + 4 + 8 + average) / shards
-    weights, gradients = (2 if config.precision == "bf16" else 4), 4  # ZeRO: beside fp32 masters, sharded like moments
-    masters = (4 + 8 + average) / shards
-    return {
-        "zero1": weights + gradients + masters,
-        "zero2": weights + gradients / shards + masters,
-        "zero3": (weights + gradients) / shards + masters,
-    }[config.strategy]
-
-
 def data_world_size(config: EngineConfig, world_size: int) -> int:
     """How many different parts a global batch is dealt into: the ranks of a tensor group read the same one.
 

@@ -148,7 +148,8 @@ class Codec:
     @cached_property
     def one_hot(self) -> Tensor:
         """float32 [V, l * b]: the digits of each token as 0 and 1."""
-        return torch.nn.functional.one_hot(self.codes, self.base).flatten(1).float()
+        values = torch.arange(self.base, device=self.codes.device)
+        return (self.codes.unsqueeze(-1) == values).flatten(1).float()  # unlike F.one_hot, looks at no value first
 
     @cached_property
     def _place_values(self) -> Tensor:

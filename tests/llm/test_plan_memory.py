@@ -1,0 +1,68 @@
+"""Predicted peaks are those that training has, under every strategy: real engine, real trainer, real data."""
+
+import json
+
+import pytest
+
+from launch import config as configs
+from llm.config import LanguageConfig
+from llm.train import main
+from tests.memory import CASES, configured, measured_peak, predicted
+from tests.runs import ROOT
+
+QUICK = ("ddp", "ddp, accumulated", "fsdp2", "fsdp2, full, average", "fsdp2, tensor parallel", "zero2", "zero3")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_the_predicted_peak_is_within_ten_percent_of_the_measured_one(name, tiny, tmp_path):
+    config, world_size = configured(name, tiny, tmp_path)
+    measured = measured_peak(config, world_size)
+    assert predicted(config, world_size).peak == pytest.approx(measured, rel=0.1)
+
+
+def estimate(tiny, tmp_path, *overrides, gpus=2):
+    config, _ = configured("fsdp2", tiny, tmp_path)
+    config = configs.load(LanguageConfig, write(config, tmp_path), overrides)[0]
+    return predicted(config, gpus).peak
+
+
+def write(config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(configs.dump(config))
+    return path
+
+
+def test_more_ranks_smaller_batches_and_checkpointing_need_less_and_an_average_more(tiny, tmp_path):
+    plain = estimate(tiny, tmp_path)
+    assert estimate(tiny, tmp_path, gpus=1) > plain
+    assert estimate(tiny, tmp_path, "train.micro_batch=16", gpus=1) > estimate(tiny, tmp_path, gpus=1)
+    selective = estimate(tiny, tmp_path, "engine.activation_checkpointing=selective")
+    assert plain > selective > estimate(tiny, tmp_path, "engine.activation_checkpointing=full")
+    assert estimate(tiny, tmp_path, "engine.ema_decay=0.9") > plain
+    assert estimate(tiny, tmp_path, "engine.reshard_after_forward=false") > plain
+
+
+def test_a_plan_that_fits_recommends_and_one_that_does_not_says_what_would(tiny, tmp_path, capsys):
+    config, _ = configured("fsdp2", tiny, tmp_path)
+    path = str(write(config, tmp_path))
+    assert main([path, "--plan", "--gpus", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "* fsdp2" in text and "zero3 offload" in text and "recommended: ddp" in text
+    assert main([path, "--plan", "--gpus", "2", "--gpu-memory", "20MB"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing fits" in text and "with engine.activation_checkpointing=full" in text
+    assert main([path, "--plan", "--gpus", "2", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["recommended"] == {"strategy": "ddp"} and len(made["strategies"]) > 8
+    assert main([path, "--plan", "--gpus", "3"]) == 2
+    assert "3" in capsys.readouterr().err
+
+
+PRESETS = sorted(p for p in (ROOT / "configs/llm/paper").rglob("*.yaml") if not p.name.startswith("recipe"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_a_paper_preset_is_planned_on_sixteen_gpus(path):
+    config, _ = configs.load(LanguageConfig, path)
+    assert predicted(config, 16).peak > 0
