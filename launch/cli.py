@@ -19,7 +19,7 @@ from pathlib import Path
 from launch import config as configs
 from launch.errors import ConfigError, UserError
 from launch.local import accelerate_command, run_local, torchrun_command
-from launch.stop import EXIT_OK, EXIT_USER_ERROR
+from launch.stop import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, MEANING
 
 _VERBS = {
     "train": "train an experiment, or go on with it: unmask train CONFIG [key=value ...] [--nproc N]",
@@ -127,6 +127,7 @@ def _train(verb: str, argv: Sequence[str]) -> int:
         return _module_main(module, [*arguments, "--dry-run", "--gpus", str(options.nproc)])
     if options.nproc < 1:
         raise ConfigError(f"--nproc {options.nproc}; the smallest is 1")
+    folder = configs.run_folder(config_path, overrides)
     if options.launcher == "torchrun":
         command = torchrun_command(module, arguments, processes=options.nproc)
     elif options.launcher == "accelerate":
@@ -135,9 +136,17 @@ def _train(verb: str, argv: Sequence[str]) -> int:
         return _module_main(module, arguments)
     else:
         command = [sys.executable, "-m", module, *arguments]
-        return run_local(command, options.nproc, log_dir=configs.run_folder(config_path, overrides) / "logs")
+        return _closed(run_local(command, options.nproc, log_dir=folder / "logs"), folder)
     print("+", shlex.join(command), flush=True)
-    return run_local(command, 1, as_ranks=False)
+    return _closed(run_local(command, 1, as_ranks=False), folder)
+
+
+def _closed(code: int, folder: Path) -> int:
+    """The last line on the console, below what several ranks and their launcher had to say."""
+    if code not in (EXIT_OK, EXIT_STOPPED) and (folder / "config.yaml").exists():
+        meaning = MEANING.get(code, "see above")
+        print(f"unmask: exit code {code}: {meaning}. Go on with: unmask resume {folder}", file=sys.stderr, flush=True)
+    return code
 
 
 def _on_run(verb: str, argv: Sequence[str]) -> int:

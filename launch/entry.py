@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ import yaml
 
 from launch import config as configs
 from launch import runtime as runtimes
-from launch.agreement import check_same_everywhere
+from launch.agreement import check_same_data, check_same_everywhere
 from launch.checkpoint import CheckpointStore
 from launch.checkpoint.commit import remedy
 from launch.engine import Engine, build_engine
@@ -37,7 +38,7 @@ from launch.metrics import MetricsWriter, read_metrics
 from launch.plan import add_options, facts, micro_steps_of, options_from, plan, plan_as_json, table
 from launch.report import write_report
 from launch.runtime import Runtime
-from launch.stop import EXIT_OK, EXIT_USER_ERROR, StopFlag, record_exit
+from launch.stop import EXIT_OK, EXIT_USER_ERROR, StopFlag, record_exit, tell_launcher
 from launch.trainer import Trainer
 from launch.watch import Watchdog
 
@@ -85,6 +86,7 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
         return run(config, make_task)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_launcher(f"error: {error}")
         if config is not None:
             record_exit(config.run.folder, rank, EXIT_USER_ERROR)
         return EXIT_USER_ERROR
@@ -98,6 +100,7 @@ def main(schema: type[Experiment], make_task: MakeTask, argv: Sequence[str] | No
         else:
             traceback.print_exc()
         sys.stderr.flush()
+        tell_launcher(traceback.format_exc())
         # Not a clean shutdown: with a peer dead, destroying the process group may wait for ever.
         os._exit(code)
 
@@ -121,14 +124,28 @@ def rehearse(config: Experiment, task: Task, *, world_size: int) -> str:
 def run(config: Experiment, make_task: MakeTask) -> int:
     """Collective. Train, or go on training, in the run folder; returns the exit code."""
     check_accelerate_environment(config.engine.strategy, config.engine.precision, os.environ)
+    place = runtimes.place_from_environment(os.environ)
+    with Watchdog(config.run.folder, config.watch, rank=place.rank, world_size=place.world_size) as watchdog:
+        try:
+            return _run(config, make_task, watchdog)
+        except Exception as error:
+            if (words := runtimes.lost_peer(error)) is not None:
+                watchdog.lose_peer(error, words)
+            raise
+
+
+def _run(config: Experiment, make_task: MakeTask, watchdog: Watchdog) -> int:
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     runtime = runtimes.start(device=config.engine.device, timeout_seconds=config.engine.timeout)
-    check_same_everywhere(config, runtime)
+    hosts = check_same_everywhere(config, runtime)
     folder = config.run.folder
+    watchdog.meet(runtime.decide(lambda: secrets.token_hex(4)))
     micro_steps_of(config, runtime.world_size)
     runtime.decide(lambda: _check_same_experiment(config, folder))
     task = runtime.together(lambda: make_task(config, runtime.device, True))
+    check_same_data(task.identity(), runtime, hosts)
+    watchdog.starting("build")
     engine = build_engine(task.build_model, config.engine, config.optimizer, runtime, seed=config.run.seed)
     store = CheckpointStore(
         folder / "checkpoints",
@@ -138,16 +155,14 @@ def run(config: Experiment, make_task: MakeTask) -> int:
         verify=config.checkpoint.verify,
         asynchronous=config.checkpoint.asynchronous,
     )
+    watchdog.starting("restore")
     latest = store.latest_valid()
     if latest is None:
         _load_initial_weights(engine, task, runtime)
     store.preflight(engine.state())
     metrics = MetricsWriter(folder, config.metrics, total_steps=config.train.steps, enabled=runtime.is_main)
-    with (
-        StopFlag(grace_seconds=config.watch.stop_grace) as stop,
-        Watchdog(folder, config.watch, rank=runtime.rank, world_size=runtime.world_size) as watchdog,
-    ):
-        trainer = Trainer(config, task, engine, runtime, store, metrics, watchdog, stop)
+    with StopFlag(grace_seconds=config.watch.stop_grace) as stop:
+        trainer = Trainer(config, task, engine, runtime, store, metrics, watchdog, stop, hosts)
         if latest is not None:
             trainer.restore(latest)
             if trainer.progress.step > config.train.steps:
@@ -171,14 +186,14 @@ def run(config: Experiment, make_task: MakeTask) -> int:
             code = EXIT_OK
         else:
             code = trainer.fit()
-    metrics.close()
-    if code == EXIT_OK and runtime.is_main:
-        print(f"report: {write_report(folder, task.report_sections(folder))}", flush=True)
-    record_exit(
-        folder, runtime.rank, code
-    )  # before the barrier: what a launcher does to the last ranks is its business
-    runtime.barrier()
-    runtime.close()
+    with watchdog.phase(trainer.progress.step, "report"):
+        metrics.close()
+        if code == EXIT_OK and runtime.is_main:
+            print(f"report: {write_report(folder, task.report_sections(folder))}", flush=True)
+        # before the barrier: what a launcher does to the last ranks is its business
+        record_exit(folder, runtime.rank, code)
+        runtime.barrier()
+        runtime.close()
     return code
 
 

@@ -2,9 +2,9 @@
 
 UNMASK_FAULT="checkpoint.after_rename:kill" kills the process the first time that point is reached. The full form is
 POINT:ACTION[:RANK[:HIT]]; RANK is a number or `*` (default 0), HIT counts from 1. Actions: `kill` (SIGKILL to itself),
-`enospc` (the OSError of a full disk), `error` (a RuntimeError). A process reads the variable at the first point it
-reaches, not when it imports this file: a fork server has imported it long before its ranks have an environment. Unset,
-as always outside tests, a point is one comparison with None.
+`hang` (for an hour), `enospc` (the OSError of a full disk), `error` (a RuntimeError). A process reads the variable at
+the first point it reaches, not when it imports this file: a fork server has imported it long before its ranks have an
+environment. Unset, as always outside tests, a point is one comparison with None.
 """
 
 import errno
@@ -12,9 +12,10 @@ import functools
 import os
 import re
 import signal
+import time
 from dataclasses import dataclass
 
-ACTIONS = ("kill", "enospc", "error")
+ACTIONS = ("kill", "hang", "enospc", "error")
 
 
 @dataclass(kw_only=True)
@@ -42,6 +43,8 @@ def _strike(plan: _Plan) -> None:
         return
     if plan.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if plan.action == "hang":
+        time.sleep(3600)
     if plan.action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), plan.point)
     raise RuntimeError(f"fault at {plan.point}")

@@ -88,13 +88,13 @@ def rank_environment(
 def exit_code(returncodes: Sequence[int], first_failed: int | None = None) -> int:
     """One exit code for many ranks. `returncodes` as subprocess gives them: negative for a signal.
 
-    0 if all are 0; 75 (stopped, resumable) only if nobody failed; else the code of ours that explains most; else that
-    of the rank that failed first, 128 + signal if a signal killed it.
+    0 if all are 0; 75 (stopped, resumable) only if nobody failed; 77 or 2 if a rank ended with it; else the code of the
+    rank that failed first, 128 + signal if a signal killed it: one that then loses it as a peer ends with 76.
     """
     codes = [code if code >= 0 else 128 - code for code in returncodes]
     if set(codes) <= {EXIT_OK, EXIT_STOPPED}:
         return max(codes, default=EXIT_OK)
-    for code in (EXIT_DIVERGED, EXIT_USER_ERROR, EXIT_HUNG):
+    for code in (EXIT_DIVERGED, EXIT_USER_ERROR):
         if code in codes:
             return code
     if first_failed is not None:
@@ -171,8 +171,9 @@ class _Children:
     def _first_failed(self) -> int | None:
         codes = {rank: child.returncode for rank, child in enumerate(self._children) if child.returncode is not None}
         failed = [rank for rank, code in codes.items() if code not in _ORDERLY]
-        # Of several at once, one that a signal ended is the cause: the others had time to raise an error.
-        return min(failed, key=lambda rank: (codes[rank] >= 0, rank), default=None)
+        # Of several at once, one that a signal ended is the cause: the others had time to raise an error. And one that
+        # only lost its peers is none.
+        return min(failed, key=lambda rank: (codes[rank] >= 0, codes[rank] == EXIT_HUNG, rank), default=None)
 
     def _obituary(self, rank: int) -> str:
         code = self._children[rank].returncode

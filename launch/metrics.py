@@ -8,6 +8,7 @@ of `X` is `X_se`. A number that is not finite is written as a string ("nan", "in
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -16,11 +17,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from launch.config import Seconds
 from launch.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -163,6 +167,9 @@ class MetricsWriter:
     """Writes rows on the rank where it is `enabled` (rank 0); on the others it only checks the names.
 
     Opening a run again goes on where the file ends; call `rewind` after a checkpoint has been loaded.
+
+    A disk that is full must not end a run that could still train and, once there is room, save: rows that cannot be
+    written are kept and written later, with a warning. A whole row or nothing is what a later reader finds.
     """
 
     def __init__(
@@ -178,15 +185,18 @@ class MetricsWriter:
         self._config = config
         self._enabled = enabled
         self._tensorboard: Any = None
+        self._shows_tensorboard = config.tensorboard
         self._purge_step: int | None = None  # TensorBoard hides what an earlier writer wrote from here on
         self._wandb: Any = None
-        self._file = None
+        self._file: FileIO | None = None
+        self._unwritten = b""  # rows, the first perhaps without its beginning, that the disk did not take
+        self._is_stuck = False
         if enabled:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._progress = Progress(total_steps, config.console, console or sys.stderr)
             self._wandb = _start_wandb(run_dir, config)
             _cut_torn_tail(metrics_path(run_dir))
-            self._file = metrics_path(run_dir).open("ab")
+            self._file = metrics_path(run_dir).open("ab", buffering=0)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         """Write one row. `step` is the number of optimizer steps done when the values were measured."""
@@ -194,13 +204,17 @@ class MetricsWriter:
             check_name(name)
         if self._file is None:
             return
-        self._file.write(_encode({"step": step, "time": round(time.time(), 3), **values}))
-        self._file.flush()
+        self._unwritten += _encode({"step": step, "time": round(time.time(), 3), **values})
+        self._write()
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        if self._config.tensorboard:
-            writer = self._tensorboard_writer()
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
+        if self._shows_tensorboard:
+            try:
+                writer = self._tensorboard_writer()
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step)
+            except OSError as error:  # it is a copy; the rows are safe in `_unwritten`
+                self._shows_tensorboard = False
+                logger.warning("TensorBoard ends at step %d until the next start: %s", step, error)
         if self._wandb is not None:
             self._wandb.log({"trainer/step": step, **values})
         self._progress.show(step, values)
@@ -209,9 +223,10 @@ class MetricsWriter:
         """The run goes on from `step`: set later rows aside, hide them in TensorBoard, and step back the progress."""
         if self._file is None:
             return
+        self._write()
         self._file.close()
         rewind(metrics_path(self._run_dir), step)
-        self._file = metrics_path(self._run_dir).open("ab")
+        self._file = metrics_path(self._run_dir).open("ab", buffering=0)
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
@@ -222,10 +237,14 @@ class MetricsWriter:
         """May be called twice."""
         if self._file is None:
             return
+        self._write()
+        if self._unwritten:
+            rows = self._unwritten.count(b"\n")
+            logger.error("the last %d rows of %s are lost: the disk is full", rows, metrics_path(self._run_dir))
         self._file.close()
         self._file = None
         self._progress.close()
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and self._shows_tensorboard:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -235,6 +254,20 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write(self) -> None:
+        """As much of `_unwritten` as the disk takes."""
+        assert self._file is not None
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._is_stuck:
+                path = metrics_path(self._run_dir)
+                logger.warning("cannot write %s: %s; its rows are kept and will be written when it can be", path, error)
+            self._is_stuck = True
+        else:
+            self._is_stuck = False
 
     def _tensorboard_writer(self) -> Any:
         if self._tensorboard is None:
@@ -318,7 +351,8 @@ class Progress:
         elif self._clock() - self._shown_at >= self._seconds or step >= self._total_steps:
             self._shown_at = self._clock()
             line = " | ".join([f"step {step}/{self._total_steps}", *parts, f"ETA {self._time_to_go(step)}"])
-            print(line, file=self._console, flush=True)
+            with contextlib.suppress(OSError):  # a log on a full disk: there is nowhere to say so
+                print(line, file=self._console, flush=True)
         self._step = step
 
     def close(self) -> None:

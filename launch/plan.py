@@ -222,7 +222,7 @@ class Planner:
                         for parameter in model.parameters():
                             parameter.data = parameter.data.to(torch.bfloat16)
                     if mesh is not None:
-                        split(model, mesh)
+                        split(model, mesh, own_draws=not engine.compile)
                     prepare_blocks(model, dataclasses.replace(engine, compile=False))
                     if casts_as_it_goes:
                         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)

@@ -20,7 +20,7 @@ from launch.metrics import metrics_path, read_metrics, read_run_info
 Section = tuple[str, str]  # title, markdown
 
 # Bookkeeping: worth a row among the last values, not a curve.
-_WITHOUT_CURVE = re.compile(r"tokens|skipped_steps|mfu|memory_gib|step_seconds.*|checkpoint/.*|seconds/.*")
+_WITHOUT_CURVE = re.compile(r"tokens|skipped_steps|mfu|memory_gib|step_seconds.*|checkpoint/.*|seconds/.*|straggler/.*")
 _FIRST_CURVES = ("loss", "loss_ce_joint", "nelbo_subtoken", "nelbo_token", "nll_chain")
 _LAST_CURVES = ("lr", "grad_norm", "tokens_per_second")
 

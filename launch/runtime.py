@@ -9,6 +9,7 @@ for decisions, so that an agreement never waits for, nor interleaves with, a col
 """
 
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from launch.errors import ClusterError, UserError
 from launch.local import RENDEZVOUS_FILE
 
 T = TypeVar("T")
+
+# gloo and the file store have no error type of their own. The last is what a connection says that timed out before.
+_LOST_PEER = re.compile(r"gloo/transport|^Wait timeout|Application timeout caused pair closure")
 
 _REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -201,6 +205,16 @@ def start(*, device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
     runtime = Runtime(place, chosen, _gloo_group(timeout), timeout)
     _prove_world(runtime)
     return runtime
+
+
+def lost_peer(error: BaseException | None) -> str | None:
+    """What the process group said, in one line, if `error` comes of a rank that is gone, silent or cut off."""
+    while error is not None:
+        is_store = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+        if is_store or (isinstance(error, RuntimeError) and _LOST_PEER.search(str(error))):
+            return re.sub(r"^\[\S+gloo/\S+\] ", "", str(error).splitlines()[0])
+        error = error.__cause__
+    return None
 
 
 def _error_like(name: str, text: str) -> UserError:

@@ -34,7 +34,7 @@ from launch.slurm import (
     read_record,
 )
 from launch.stop import EXIT_OK
-from launch.watch import lagging, read_health
+from launch.watch import file_clock, health_dir, lagging, read_health
 
 _SILENT_SECONDS = 60.0  # without progress or a sign of life, after which a rank of a running job is named
 _TAIL_BYTES = 256 * 1024  # of a log, in which the telling line is looked for
@@ -43,7 +43,7 @@ _TAIL_BYTES = 256 * 1024  # of a log, in which the telling line is looked for
 _TELLING = (
     re.compile(r"^error: .+"),
     re.compile(r"^(?:\[?rank\d+\]?:? ?)?(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Timeout|Failure)\b.*"),
-    re.compile(r"^rank \d+: no progress .+|.+ have not agreed to stop.*"),
+    re.compile(r"^rank \d+ on \S+: (?:no progress|lost another rank) .+|.+ have not agreed to stop.*"),
     re.compile(r".*CANCELLED AT .+ DUE TO .+|.*oom.?kill.*", re.IGNORECASE),
     re.compile(r"^srun: error: .+"),
 )
@@ -139,7 +139,8 @@ def describe(run: Path, state: QueuedJob | str | None, *, now: float) -> list[tu
     if (error := last_error(run, attempts)) is not None:
         rows.append(("last error", error))
     if isinstance(state, QueuedJob) and state.state == "RUNNING":
-        rows += [("lagging", line) for line in _lagging(run, now)]
+        rows += [("lagging", line) for line in _lagging(run)]
+        rows += [("slow", health.straggler) for health in read_health(run) if health.straggler]
     return rows
 
 
@@ -227,8 +228,8 @@ def _checkpoint(run: Path, now: float) -> str:
     return f"step {int(newest.name.removeprefix('step_')):,}, {_duration(now - newest.stat().st_mtime)} old"
 
 
-def _lagging(run: Path, now: float) -> list[str]:
-    healths = read_health(run)
+def _lagging(run: Path) -> list[str]:
+    healths, now = read_health(run), file_clock(health_dir(run))
     if all(now - h.progress_time < _SILENT_SECONDS and now - h.written_time < _SILENT_SECONDS for h in healths):
         return []
     return lagging(healths, world_size=healths[0].world_size, now=now, silent_seconds=_SILENT_SECONDS)

@@ -5,7 +5,7 @@
 | 0    | EXIT_OK       | the run is finished                                                                        |
 | 2    | EXIT_USER_ERROR | a configuration, data set, checkpoint or cluster cannot be used; the message says why    |
 | 75   | EXIT_STOPPED  | a signal asked to stop, a checkpoint is committed, `unmask resume RUN` goes on             |
-| 76   | EXIT_HUNG     | no progress for too long; the stacks of every rank are in RUN/health                       |
+| 76   | EXIT_HUNG     | no progress for too long, or another rank is lost; the stacks are in RUN/health            |
 | 77   | EXIT_DIVERGED | the loss stayed non-finite or kept spiking, and the rollbacks are used up                  |
 | 130  | EXIT_NOW      | a second Ctrl-C: nothing was saved                                                         |
 
@@ -44,10 +44,25 @@ EXIT_NOW = 130
 GO_ON, WARNED, TOLD_TO_END = 0, 1, 2
 
 _WARNINGS = (signal.SIGUSR1.name, signal.SIGUSR2.name)
+MEANING = {
+    EXIT_USER_ERROR: "the message above says what to mend",
+    EXIT_HUNG: "a rank hung or was lost",
+    EXIT_DIVERGED: "the loss diverged",
+    EXIT_NOW: "stopped at once, without a checkpoint",
+}
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 # A terminal and a launcher may both deliver one Ctrl-C; a person does not press twice within this time.
 _SAME_KEYSTROKE_SECONDS = 0.5
+
+
+def tell_launcher(words: str) -> None:
+    """Leave the last words of this process where torchrun looks for them: its own summary comes after ours."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):  # a full disk; the words are in the log, too
+            message = {"message": words, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": message}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,20 +9,22 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from launch.checkpoint import CheckpointStore, SaveFailure, SaveResult
 from launch.data import micro_batches
 from launch.engine import Engine
-from launch.errors import CheckpointError
+from launch.errors import CheckpointError, UserError
 from launch.experiment import Experiment, Task
 from launch.metrics import MetricsWriter, Throughput
 from launch.runtime import Runtime
 from launch.schedule import learning_rate
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, GO_ON, WARNED, StopFlag, ask_for_requeue
+from launch.straggler import Stragglers
 from launch.watch import LossGuard, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Trainer:
         metrics: MetricsWriter,
         watchdog: Watchdog,
         stop: StopFlag,
+        hosts: Sequence[str],
     ):
         self.config, self.task, self.engine, self.runtime = config, task, engine, runtime
         self.store, self.metrics, self.watchdog, self.stop = store, metrics, watchdog, stop
@@ -60,6 +63,10 @@ class Trainer:
             world=runtime.world_size,
             peak_flops=config.metrics.peak_flops,
         )
+        self.stragglers = Stragglers(
+            config.watch.straggler_factor, runtime, strategy=config.engine.strategy, hosts=hosts
+        )
+        self._host = hosts[runtime.rank]
         self._figures: dict[str, torch.Tensor] = {}  # [numerator, denominator] since the last log line, on the device
         self._copies = runtime.world_size // engine.data_world_size  # ranks that compute each part of a batch
         self._grad_norm = 0.0
@@ -101,9 +108,14 @@ class Trainer:
             rank=self.engine.data_rank,
             world_size=self.engine.data_world_size,
         )
-        batches = [self.task.batch(p + self.progress.passed_over, step) for p in positions]
+        with self.stragglers.reading():
+            batches, unread = self._read(positions, step)
         local_count = sum(self.task.count(batch) for batch in batches)
-        (counted,), (stop, save) = self.runtime.sum_and_max([local_count], [self.stop.code(), int(self._save_is_due())])
+        (counted,), (stop, save, failed) = self.runtime.sum_and_max(
+            [local_count], [self.stop.code(), int(self._save_is_due()), int(unread is not None)]
+        )
+        if failed:
+            self._end_without_data(unread)
         count = counted / self._copies
         if stop != GO_ON:
             return self._stop(warned=stop == WARNED)
@@ -111,7 +123,8 @@ class Trainer:
             self.save()
         local_loss = torch.zeros((), device=self.runtime.device)
         for i, batch in enumerate(batches):
-            loss_sum, figures = self.task.loss(self.engine.module, batch)
+            with self.stragglers.computing():
+                loss_sum, figures = self.task.loss(self.engine.module, batch)
             self.engine.backward(loss_sum / count, last=i == len(batches) - 1)
             local_loss += loss_sum.detach() / count
             self._accumulate(figures)
@@ -127,6 +140,13 @@ class Trainer:
             return self._refused()
         return None
 
+    def _read(self, positions: Sequence[np.ndarray], step: int) -> tuple[list[Any], Exception | None]:
+        """This rank's micro-batches, or why it has none; the others hear of that in the exchange of the step."""
+        try:
+            return [self.task.batch(p + self.progress.passed_over, step) for p in positions], None
+        except Exception as error:  # raised on every rank by `_end_without_data`
+            return [], error
+
     def _accepts(self, local_loss: torch.Tensor, grad_norm: float) -> bool:
         """Whether to apply the update. A broken loss shows in the gradient norm, which is global already; only the
         rule for spikes of the loss needs an exchange of its own."""
@@ -140,7 +160,9 @@ class Trainer:
 
     def _log(self) -> None:
         names = sorted(self._figures)
-        totals = self.runtime.all_reduce_sum(torch.stack([self._figures[name] for name in names])).tolist()
+        figures = torch.stack([self._figures[name] for name in names]).flatten()
+        totals = self.runtime.all_reduce_sum(torch.cat([figures, self.stragglers.own().to(figures)]))
+        totals, seconds = totals[: len(figures)].view(-1, 2).tolist(), totals[len(figures) :]
         values = {name: above / below for name, (above, below) in zip(names, totals, strict=True) if below > 0}
         values |= {
             "lr": learning_rate(self.config.schedule, self.progress.step - 1, self.config.train.steps),
@@ -149,7 +171,8 @@ class Trainer:
             "tokens": self.progress.tokens,
         }
         self._figures = {}
-        self.metrics.log(self.progress.step, values | self.throughput.read())
+        self.metrics.log(self.progress.step, values | self.throughput.read() | self.stragglers.judge(seconds))
+        self.watchdog.report_straggler(self.stragglers.words)
 
     def evaluate(self) -> dict[str, float]:
         """Collective. The task's evaluation with the averaged weights, off the throughput clock."""
@@ -212,8 +235,9 @@ class Trainer:
             if self._save_failures >= self.config.checkpoint.max_failures:
                 raise CheckpointError(
                     f"{outcome}. This was failure {self._save_failures} in a row (checkpoint.max_failures = "
-                    f"{self.config.checkpoint.max_failures}); older checkpoints are intact: mend it and `unmask resume`"
-                )
+                    f"{self.config.checkpoint.max_failures}); older checkpoints are intact: mend it and `unmask resume "
+                    f"{self.config.run.folder}`"
+                ) from outcome
 
     # --- endings and accidents ---------------------------------------------------------------------------------------
 
@@ -232,6 +256,27 @@ class Trainer:
                 self.config.run.folder,
             )
         return EXIT_STOPPED
+
+    def _end_without_data(self, unread: Exception | None) -> NoReturn:
+        """Some rank could not read its part of the step: keep the steps before it, and end alike on all ranks."""
+        if unread is not None:
+            logger.error("rank %d on %s: %s", self.runtime.rank, self._host, unread)
+        self.save(block=True)
+        if self.runtime.is_main:
+            logger.warning(
+                "stopped at step %d with a checkpoint, because its data cannot be read; mend them and go on with: "
+                "unmask resume %s",
+                *(self.progress.step, self.config.run.folder),
+            )
+
+        def tell() -> None:
+            if isinstance(unread, UserError):
+                raise type(unread)(f"rank {self.runtime.rank} on {self._host}: {unread}")
+            if unread is not None:
+                raise unread
+
+        self.runtime.together(tell)
+        raise AssertionError("a rank said that it had no data, and then that it had")
 
     def _refused(self) -> int | None:
         """The guard refused the update of this step: go on, go back, or give up, alike on all ranks."""

@@ -4,6 +4,7 @@ Everything random about a batch is a function of (seed, step, row of the global 
 processes nor a restart changes it.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ from llm.diffusion.objective import Loss, MaskedBatch, Readout, ar_inputs, ar_re
 from llm.generate import Language, generate, write_samples
 from llm.heldout import evaluate_bounds, heldout_blocks
 from llm.pretrained import initial_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,8 @@ class LanguageTask:
 
     def sample(self, model: nn.Module, runtime: Runtime, step: int, folder: Path) -> None:
         """Collective. Rank 0 writes samples; the others wait at the next agreement."""
-        if runtime.is_main:
+
+        def write() -> None:
             assert self.stream is not None
             sampling = self.config.sampling
             samples = generate(
@@ -175,8 +179,13 @@ class LanguageTask:
                 seed=sampling.seed,
                 device=self.device,
             )
-            write_samples(folder / f"step_{step:08d}.md", samples, self.stream.tokenizer, language=self.language)
-        runtime.barrier()
+            path = folder / f"step_{step:08d}.md"
+            try:
+                write_samples(path, samples, self.stream.tokenizer, language=self.language)
+            except OSError as error:  # a full disk costs samples; whether it ends the run is for checkpoints to say
+                logger.warning("cannot write %s: %s", path, error)
+
+        runtime.decide(write)
 
     @cached_property
     def _validation(self) -> list[Any]:

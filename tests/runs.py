@@ -8,6 +8,7 @@ the launchers themselves there is `command`, which starts a fresh Python and tak
 """
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -17,9 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from launch import entry
 from launch.checkpoint import stream
+from launch.errors import DataError
 from launch.metrics import read_metrics
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
 from llm.config import LanguageConfig
@@ -41,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 300
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*processes.PRELOADED, "launch.entry", "llm.task"])
+ACCIDENT = "UNMASK_TEST_ACCIDENT"
 _GRACE_S = 5.0  # what the others have when a rank has died, before they are killed
 _ORPHAN_S = 5.0  # what a program that a killed rank has started (git, say) may take to end by itself
 
@@ -95,37 +99,116 @@ def write_tiny(folder: Path) -> Tiny:
 
 @dataclass(frozen=True, kw_only=True)
 class Accident:
-    """Makes a `LanguageTask` to which, on some ranks and at some samples of the global order, something happens."""
+    """Makes a `LanguageTask` to which, on some ranks and at some samples of the global order, something happens.
 
-    kind: Literal["sigterm", "hang", "nan"]  # a signal to the own process; endless sleep; not a number as loss
+    `where` it is not reading a batch, it happens at every call there, whatever `at` says.
+    """
+
+    kind: Literal[
+        "sigterm", "kill", "stop",  # signals to the own process
+        "hang", "hang_in_c",  # endless sleep; the latter holds the interpreter lock
+        "slow", "nan",  # sleep for `seconds` each time; not a number as loss
+        "unreadable", "truncate", "overwrite", "remove",  # a DataError; harm to `file`, by this rank, once
+        "fill", "read_only",  # make `file` as large as the disk lets it; remount it; undone after `seconds`, if any
+        "skew",  # from the start, the clock of this rank is `seconds` ahead
+    ]  # fmt: skip
     ranks: tuple[int, ...]
-    at: range  # global positions; step s of a run without a rollback reads 8 s to 8 s + 7
+    at: range = range(0)  # global positions; step s of a run without a rollback reads 8 s to 8 s + 7
+    where: Literal["open", "build", "batch", "loss", "evaluate", "sample"] = "batch"
+    seconds: float = 0.0  # kill: later by these, whatever the process does then
+    file: str = ""
 
     def __call__(self, config: LanguageConfig, device: torch.device, open_data: bool = True) -> LanguageTask:
+        is_here = int(os.environ.get("RANK", "0")) in self.ranks
+        if is_here and self.kind == "skew":
+            now, now_ns = time.time, time.time_ns
+            time.time = lambda: now() + self.seconds
+            time.time_ns = lambda: now_ns() + int(self.seconds * 1e9)
+        if is_here and self.where == "open":
+            self._strike()
         task = LanguageTask(config, device, open_data)
-        if int(os.environ.get("RANK", "0")) not in self.ranks:
+        if not is_here:
             return task
+        if self.where in ("build", "evaluate", "sample"):
+            name = {"build": "build_model"}.get(self.where, self.where)
+            setattr(task, name, self._before(getattr(task, name)))
         read, loss_of = task.batch, task.loss
-        struck_step = -1
+        struck_step, harmed = -1, False
 
         def batch(positions: np.ndarray, step: int) -> Any:
-            nonlocal struck_step
+            nonlocal struck_step, harmed
             if any(int(position) in self.at for position in positions):
                 struck_step = step
-                if self.kind == "sigterm":
-                    os.kill(os.getpid(), signal.SIGTERM)
-                if self.kind == "hang":
-                    time.sleep(3600)
+                if self.where == "batch" and not harmed:
+                    self._strike()
+                    harmed = self.kind in ("truncate", "overwrite", "remove", "fill", "read_only")
             elif step != struck_step:
                 struck_step = -1
             return read(positions, step)
 
         def loss(model: nn.Module, made: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            if self.where == "loss" and struck_step >= 0:
+                self._strike()
             loss_sum, figures = loss_of(model, made)
             return (loss_sum * float("nan") if self.kind == "nan" and struck_step >= 0 else loss_sum), figures
 
         task.batch, task.loss = batch, loss
         return task
+
+    def _before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def struck(*arguments: Any) -> Any:
+            self._strike()
+            return function(*arguments)
+
+        return struck
+
+    def _strike(self) -> None:
+        match self.kind:
+            case "sigterm":
+                os.kill(os.getpid(), signal.SIGTERM)
+            case "kill":
+                threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "hang":
+                time.sleep(3600)
+            case "hang_in_c":
+                ctypes.PyDLL(None).sleep(3600)
+            case "slow":
+                time.sleep(self.seconds)
+            case "unreadable":
+                raise DataError("/data/train-00000.bin: Input/output error")
+            case "truncate":
+                os.truncate(self.file, os.path.getsize(self.file) // 2)
+            case "overwrite":
+                with open(self.file, "r+b") as file:
+                    file.write(b"\0" * os.path.getsize(self.file))
+            case "remove":
+                os.unlink(self.file)
+            case "fill":
+                with open(self.file, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                    while file.write(b"\0" * 512):
+                        pass
+                self._later(os.unlink, self.file)
+            case "read_only":
+                while subprocess.run(["mount", "-o", "remount,ro", self.file], check=False).returncode:
+                    time.sleep(0.05)  # a save is in flight
+                self._later(subprocess.run, ["mount", "-o", "remount,rw", self.file])
+
+    def _later(self, function: Callable[..., Any], *arguments: Any) -> None:
+        if self.seconds:
+            timer = threading.Timer(self.seconds, function, arguments)
+            timer.daemon = True
+            timer.start()
+
+    def environment(self) -> dict[str, str]:
+        """For `python -m tests.train`, which a launcher starts."""
+        return {ACCIDENT: json.dumps(asdict(self) | {"at": [self.at.start, self.at.stop]})}
+
+    @staticmethod
+    def from_environment() -> "Accident":
+        tree = json.loads(os.environ[ACCIDENT])
+        return Accident(**(tree | {"at": range(*tree["at"]), "ranks": tuple(tree["ranks"])}))
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -259,19 +342,26 @@ def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
     sys.exit(entry.main(LanguageConfig, task, argv))
 
 
-def command(*arguments: str, environment: dict[str, str] | None = None, timeout: float = 240) -> Ended:
-    """A command of this environment's Python (`unmask`, `torchrun`, ...), from the repository's root."""
-    process = start(*arguments, environment=environment)
+def command(
+    *arguments: str, environment: dict[str, str] | None = None, timeout: float = 240, within: Sequence[str] = ()
+) -> Ended:
+    """A command of this environment's Python (`unmask`, `torchrun`, ...), from the repository's root.
+
+    `within`: a command that runs the one it is given, for example `unshare --mount`.
+    """
+    process = start(*arguments, environment=environment, within=within)
     output, _ = process.communicate(timeout=timeout)
     return Ended([process.returncode], output)
 
 
-def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, environment: dict[str, str] | None = None, within: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     program = Path(sys.executable).with_name(arguments[0])
     variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"} | (environment or {})
     return subprocess.Popen(
-        [str(program), *arguments[1:]],
+        [*within, str(program), *arguments[1:]],
         cwd=ROOT,
         env=variables,
         text=True,

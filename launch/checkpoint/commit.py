@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -256,7 +256,7 @@ def remedy(words: str, folder: Path) -> str:
         return f"free space at {folder} ({size(free)} are free now) or keep fewer checkpoints (checkpoint.keep_last)"
     if code == EDQUOT:
         return f"your quota at {folder} is used up; delete files there, or choose a run folder elsewhere"
-    if code in (EACCES, EROFS):
+    if code in (EACCES, EPERM, EROFS):
         return f"make {folder} writable, or choose a run folder elsewhere"
     if code == EFBIG:
         return "files may not become that large here; raise `ulimit -f`, or use more ranks (one file a rank)"

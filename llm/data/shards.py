@@ -10,7 +10,8 @@ one source, so that a source can be read alone. Documents are packed by concaten
 [i * L, (i + 1) * L) of its shards in manifest order, across documents and shards; a last part shorter than L is unused.
 
 Shards are read with `pread`, not `mmap`: both are served from the page cache, but a mapped file that shrinks kills the
-process by SIGBUS, while a short read is an error that can be named.
+process by SIGBUS, while a short read is an error that can be named. A shard that is written to while a run reads it is
+noticed by its time of modification, and believed only if its sha256 is still that of the manifest.
 """
 
 import dataclasses
@@ -246,6 +247,7 @@ class TokenDataset:
         self.text_bytes = sum(shard.text_bytes for shard in shards)
         self._first_token = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._files: dict[int, int] = {}  # shard number -> file descriptor
+        self._modified: dict[int, int] = {}  # shard number -> when it was, in ns, at its first opening
 
     @classmethod
     def open(
@@ -334,10 +336,8 @@ class TokenDataset:
             count = min(len(out) - filled, shard.tokens - offset)
             data = os.pread(self._file(number), count * self.dtype.itemsize, offset * self.dtype.itemsize)
             if len(data) != count * self.dtype.itemsize:
-                raise DataError(
-                    f"{self.path / shard.file} was cut short while in use: tokens {offset} to {offset + count} of "
-                    f"{shard.tokens} are not there; restore the file (its sha256 is {shard.sha256}) and resume"
-                )
+                raise self._cut_short(number)
+            self._check_unmodified(number)
             part = out[filled : filled + count]
             part[:] = np.frombuffer(data, dtype=self.dtype)
             if part.max() >= self.manifest.vocab_size:
@@ -356,7 +356,32 @@ class TokenDataset:
                 self._files[number] = os.open(file, os.O_RDONLY)
             except OSError as error:
                 raise DataError(f"{file} disappeared while in use ({error.strerror}); restore it and resume") from None
+            self._modified.setdefault(number, os.fstat(self._files[number]).st_mtime_ns)
         return self._files[number]
+
+    def _check_unmodified(self, number: int) -> None:
+        """After a read: were these the tokens of the manifest? One system call, unless somebody wrote to the file."""
+        shard, found = self.shards[number], os.fstat(self._file(number))
+        if found.st_mtime_ns == self._modified[number]:
+            return
+        if found.st_size != shard.tokens * self.dtype.itemsize:
+            raise self._cut_short(number)
+        with os.fdopen(os.dup(self._file(number)), "rb") as stream:  # not by name: that may be another file by now
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != shard.sha256:
+            raise DataError(
+                f"{self.path / shard.file} was written to while in use: its sha256 is {digest}, the manifest says "
+                f"{shard.sha256}; restore the file, then resume with data.verify=true to have every shard checked"
+            )
+        self._modified[number] = found.st_mtime_ns
+
+    def _cut_short(self, number: int) -> DataError:
+        shard, found = self.shards[number], os.fstat(self._file(number)).st_size
+        return DataError(
+            f"{self.path / shard.file} was cut short while in use: it has {found} of "
+            f"{shard.tokens * self.dtype.itemsize} bytes; restore the file (its sha256 is {shard.sha256}) and resume"
+        )
 
     def _close(self) -> None:
         for descriptor in self._files.values():

@@ -83,7 +83,9 @@ def is_alive(pid: int) -> bool:
         ([0, EXIT_STOPPED], None, EXIT_STOPPED),
         ([EXIT_STOPPED, 1], 1, 1),  # somebody failed: do not promise a checkpoint
         ([1, -signal.SIGSEGV], 1, 139),  # rank 1 died, rank 0 only lost its peer
-        ([1, EXIT_HUNG], 0, EXIT_HUNG),
+        ([1, EXIT_HUNG], 0, 1),  # rank 1 only lost its peer
+        ([EXIT_HUNG, 1], 0, EXIT_HUNG),
+        ([EXIT_HUNG, -signal.SIGKILL], 1, 137),
         ([EXIT_HUNG, EXIT_USER_ERROR], 0, EXIT_USER_ERROR),
         ([EXIT_DIVERGED, EXIT_DIVERGED], None, EXIT_DIVERGED),
         ([-signal.SIGTERM, -signal.SIGTERM], 0, 143),

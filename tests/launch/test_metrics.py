@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import math
@@ -335,3 +336,49 @@ def test_the_peak_is_found_by_the_name_of_the_device(name: str, peak: float | No
 def test_impossible_values_are_refused(config: MetricsConfig) -> None:
     with pytest.raises(ConfigError, match=r"metrics\.(console|peak_flops) = "):
         config.check("metrics")
+
+
+class FullDisk:
+    """A file that takes `room` bytes."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.file, self.room = path.open("ab", buffering=0), room
+
+    def write(self, content: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = self.file.write(content[: self.room])
+        self.room -= count
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_rows_that_a_full_disk_refuses_are_written_whole_when_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = MetricsWriter(tmp_path, MetricsConfig(tensorboard=False), total_steps=9)
+    disk = FullDisk(metrics_path(tmp_path), room=100)
+    writer._file = disk  # type: ignore[assignment]
+    for step in range(1, 6):
+        writer.log(step, {"loss": 0.5})
+    assert [record.message for record in caplog.records] == [
+        f"cannot write {metrics_path(tmp_path)}: [Errno 28] No space left on device; its rows are kept and will be "
+        "written when it can be"
+    ]
+    assert metrics_path(tmp_path).stat().st_size == 100, "half a row is there, as of a writer that was killed"
+    assert [row["step"] for row in read_metrics(metrics_path(tmp_path))] == [1, 2]
+    disk.room = 10_000
+    writer.log(6, {"loss": 0.5})
+    writer.close()
+    assert [row["step"] for row in read_metrics(metrics_path(tmp_path))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_that_are_lost_at_the_end_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = MetricsWriter(tmp_path, MetricsConfig(tensorboard=False), total_steps=9)
+    writer._file = FullDisk(metrics_path(tmp_path), room=0)  # type: ignore[assignment]
+    for step in (1, 2):
+        writer.log(step, {"loss": 0.5})
+    writer.close()
+    assert caplog.records[-1].message == f"the last 2 rows of {metrics_path(tmp_path)} are lost: the disk is full"

@@ -57,7 +57,8 @@ def attempts(run: Path, *ends: tuple[int, str | None, str | None], job: str = "1
         file.write('{"event": "e')  # a node that dies writes half a line
 
 
-def health(run: Path, rank: int, *, step: int, silent: float) -> None:
+def health(run: Path, rank: int, *, step: int, silent: float, straggler: str = "") -> None:
+    """As a host writes it whose clock stands at NOW; how old it is, the file system says."""
     written = RankHealth(
         rank=rank,
         world_size=2,
@@ -66,9 +67,12 @@ def health(run: Path, rank: int, *, step: int, silent: float) -> None:
         step=step,
         phase="train",
         progress_time=NOW - silent,
-        written_time=NOW - silent,
+        written_time=NOW,
+        straggler=straggler,
     )
-    (run / "health" / f"rank-{rank:05d}.json").write_text(json.dumps(written.__dict__))
+    path = run / "health" / f"rank-{rank:05d}.json"
+    path.write_text(json.dumps(written.__dict__))
+    os.utime(path, (time.time() - silent, time.time() - silent))
 
 
 def test_a_running_run_is_told_in_five_lines(run: Path):
@@ -89,6 +93,12 @@ def test_a_rank_of_a_running_job_that_is_silent_is_named(run: Path):
     rows = [text for title, text in status.describe(run, RUNNING, now=NOW) if title == "lagging"]
     assert len(rows) == 1 and rows[0].startswith("rank 1 (node2, pid 4711): step 118 of 120, phase train, no progress")
     assert "lagging" not in dict(status.describe(run, "COMPLETED", now=NOW))
+
+
+def test_a_rank_that_holds_the_others_up_is_named(run: Path):
+    health(run, 0, step=120, silent=1, straggler="rank 1 on node2 holds the others up")
+    assert dict(status.describe(run, RUNNING, now=NOW))["slow"] == "rank 1 on node2 holds the others up"
+    assert "slow" not in dict(status.describe(run, "COMPLETED", now=NOW))
 
 
 def test_a_waiting_job_says_why(run: Path):

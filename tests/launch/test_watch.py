@@ -1,7 +1,10 @@
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from launch.errors import ConfigError
 from launch.stop import EXIT_HUNG
-from launch.watch import GuardConfig, LossGuard, RankHealth, WatchConfig, Watchdog, lagging, read_health
+from launch.watch import GuardConfig, LossGuard, RankHealth, WatchConfig, Watchdog, file_clock, lagging, read_health
 
 NAN, INF = math.nan, math.inf
 
@@ -127,13 +130,13 @@ def health(rank: int, *, step: int, phase: str = "forward", silent: float = 0.0)
 
 
 def run_watchdog(
-    run_dir: Path, body: str, *, phase_timeout: float | None = None, world_size: int = 1
+    run_dir: Path, body: str, *, phase_timeout: float | None = None, world_size: int = 1, first: float = 5.0
 ) -> subprocess.CompletedProcess[str]:
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom launch.watch import WatchConfig, Watchdog\n"
         "def wait_for_a_peer_that_is_gone():\n    time.sleep(60)\n"
         "config = WatchConfig("
-        f"timeout=0.6, first_step_timeout=5.0, phase_timeout={phase_timeout}, interval=0.05)\n"
+        f"timeout=0.6, first_step_timeout={first}, phase_timeout={phase_timeout}, interval=0.05)\n"
         f"watchdog = Watchdog(Path({str(run_dir)!r}), config, rank=0, world_size={world_size}).start()\n{body}\n"
         "watchdog.close()\n"
     )
@@ -150,8 +153,9 @@ def test_a_hanging_rank_leaves_its_stacks_and_says_who_lags(tmp_path: Path) -> N
             world_size=3,
         )
     assert done.returncode == EXIT_HUNG
-    first, *others = done.stderr.splitlines()
-    assert first.startswith("rank 0: no progress for 1 s (limit 0.6 s) at step 7, phase all-reduce; stacks in ")
+    first, *others, last = done.stderr.splitlines()
+    assert first == f"rank 0 on {socket.gethostname()}: no progress for 1 s (limit 0.6 s) at step 7, phase all-reduce"
+    assert f"exit code 76; what is saved is intact: `unmask resume {tmp_path}`" in last
     assert "rank 2 has written nothing" in others[0]
     assert "rank 1 (" in others[1] and "step 4 of 7, phase backward" in others[1]
     assert len(others) == 2  # rank 0 is where it should be
@@ -229,8 +233,61 @@ def test_a_rank_known_only_from_an_earlier_start_lags_however_far_it_came() -> N
 
 def test_health_of_an_earlier_larger_run_and_torn_files_are_left_out(tmp_path: Path) -> None:
     for rank in range(3):
-        Watchdog(tmp_path, FAST, rank=rank, world_size=3)._write()
+        Watchdog(tmp_path, FAST, rank=rank, world_size=3).starting("build")
     time.sleep(0.01)
-    Watchdog(tmp_path, FAST, rank=0, world_size=2)._write()
+    Watchdog(tmp_path, FAST, rank=0, world_size=2).starting("build")
     (tmp_path / "health/rank-00001.json").write_text('{"rank": 1')
     assert [h.rank for h in read_health(tmp_path)] == [0]
+
+
+def test_a_start_that_has_come_to_nothing_leaves_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Watchdog(run, FAST, rank=0, world_size=1) as watchdog:
+        time.sleep(0.1)
+        watchdog.meet("a1")
+    assert not run.exists()
+
+
+def test_a_start_that_hangs_leaves_its_stacks(tmp_path: Path) -> None:
+    done = run_watchdog(tmp_path / "run", "watchdog.starting('build')\nwait_for_a_peer_that_is_gone()", first=0.5)
+    assert done.returncode == EXIT_HUNG
+    assert "(limit 0.5 s) at step 0, phase build" in done.stderr
+    assert "wait_for_a_peer_that_is_gone" in (tmp_path / "run/health/rank-00000.stacks.txt").read_text()
+
+
+def test_the_word_of_one_rank_ends_the_others_of_the_same_start_alone(tmp_path: Path) -> None:
+    (tmp_path / "health").mkdir()
+    early = "watchdog.meet('a1')\nwatchdog.beat(1, 'train')\nwatchdog.beat(2, 'train')\n"
+    with_phase = early + "with watchdog.phase(2, 'evaluate'):\n    wait_for_a_peer_that_is_gone()"
+    (tmp_path / "health/hung-a0.txt").write_text("a rank of an earlier start")
+    writer = threading.Timer(1.5, lambda: (tmp_path / "health/hung-a1.txt").write_text("rank 1"))
+    writer.start()
+    done = run_watchdog(tmp_path, with_phase)
+    assert done.returncode == EXIT_HUNG
+    assert "at step 2, phase evaluate when another rank gave up" in done.stderr
+    assert "wait_for_a_peer_that_is_gone" in (tmp_path / "health/rank-00000.stacks.txt").read_text()
+    assert [path.name for path in (tmp_path / "health").glob("hung-*")] == ["hung-a1.txt"]
+
+
+def test_code_that_holds_the_interpreter_lock_cannot_hide_a_hang(tmp_path: Path) -> None:
+    done = run_watchdog(tmp_path, "import ctypes\nctypes.PyDLL(None).sleep(60)", first=0.5)
+    assert done.returncode == 1, "of the timer in C; other ranks end with 76"
+    assert "Timeout (0:00:0" in done.stderr and 'File "<string>"' in done.stderr
+
+
+def test_ages_are_told_by_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose clock is five hours ahead, and one that is five hours behind."""
+    real = time.time
+    for rank, hours in ((0, 5), (1, -5)):
+        monkeypatch.setattr(time, "time", lambda hours=hours: real() + 3600 * hours)
+        peer = Watchdog(tmp_path, FAST, rank=rank, world_size=2)
+        peer.beat(7 + rank, "train")
+        peer._write()
+    now = file_clock(tmp_path)
+    for health in read_health(tmp_path):
+        assert 0 <= now - health.written_time < 30 and 0 <= now - health.progress_time < 30
+    old = tmp_path / "health/rank-00001.json"
+    os.utime(old, (now - 100, now - 100))
+    (line,) = lagging(read_health(tmp_path), world_size=2, now=now, silent_seconds=30)
+    assert line.startswith("rank 1") and "last heard of 100 s ago: SILENT" in line
+    assert not list(tmp_path.glob(".clock*"))

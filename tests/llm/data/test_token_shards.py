@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -140,6 +141,23 @@ def test_a_shard_cut_short_or_gone_while_reading_is_an_error_not_a_crash(folder:
     (folder / "train-00000.bin").unlink()
     with pytest.raises(DataError, match=r"train-00000.bin disappeared while in use.*resume"):
         fresh.blocks([0])
+
+
+def test_a_shard_that_is_written_to_while_reading_is_believed_only_if_it_is_what_it_was(folder: Path) -> None:
+    dataset, file = TokenDataset.open(folder, "train", 8), folder / "train-00000.bin"
+    before = dataset.blocks([0])
+    content = bytearray(file.read_bytes())
+    os.utime(file)
+    assert torch.equal(dataset.blocks([0]), before), "touched"
+    content[20] ^= 1  # another token of the vocabulary, in a block that is not read
+    with file.open("r+b") as stream:
+        stream.write(content)
+    with pytest.raises(DataError, match=r"train-00000.bin was written to while in use.*data.verify=true"):
+        dataset.blocks([0])
+    content[20] ^= 1
+    with file.open("r+b") as stream:
+        stream.write(content)
+    assert torch.equal(dataset.blocks([0]), before), "restored in place"
 
 
 def test_an_id_outside_the_vocabulary_names_the_shard(folder: Path) -> None:
