@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.runs import ROOT, Tiny, assert_equal_states, curve, state, steps_saved, train
@@ -58,19 +59,30 @@ def test_the_template_runs_by_hand(workplace: Workplace, tiny: Tiny, unbroken: P
 
 
 def test_hostile_names_are_names(workplace: Workplace, tiny: Tiny, tmp_path: Path) -> None:
+    apptainer = tmp_path / "bin" / "apptainer"  # runs what comes after the image, as the real one does
+    apptainer.parent.mkdir()
+    apptainer.write_text('#!/bin/bash\nuntil [[ $1 == *.sif ]]; do shift; done\necho "image: $1"; shift; exec "$@"\n')
+    apptainer.chmod(0o755)
     jobs = []
-    for name in ("a b; touch gone & it's $(touch gone) `id`", '-n "q" %j %a #x {} $HOME', "line\nend"):
+    for name in ("a b; touch gone & it's $(touch gone) `id`", '-n "q" %j %a #x {} $HOME\nend'):
         run = tmp_path / name.replace(
             "\n", " "
         )  # an #SBATCH line cannot hold it: refused in tests/launch/test_slurm.py
         config = tmp_path / f"{name}.yaml"
         config.write_text(f"base: {tiny.prime}\nrun: {json.dumps({'name': name, 'dir': str(run)})}\n")
-        profile = workplace.profile(nodes=1, environment={"NAME": name}, setup=['echo "name: $NAME"'])
+        profile = workplace.profile(
+            nodes=1,
+            environment={"NAME": name},
+            setup=['echo "name: $NAME"', f"PATH={apptainer.parent}:$PATH"],
+            container={"kind": "apptainer", "image": f"{name}.sif", "mounts": [f"/{name.splitlines()[0]}"]},
+            python=sys.executable,
+        )
         workplace.unmask("submit", str(config), "--cluster", str(profile))
         jobs.append((name, Submitted(workplace.cluster, run)))
     for name, job in jobs:
         assert job.wait_until_over() == "COMPLETED", job.log
-        assert f"name: {name}\n" in (job.run / "job.log").read_text()
+        log = (job.run / "job.log").read_text()
+        assert f"name: {name}\n" in log and f"image: {name}.sif\n" in log
         assert steps_saved(job.run) == [6]
         assert not (ROOT / "gone").exists() and not (job.run / "gone").exists()
 
@@ -114,17 +126,17 @@ def test_the_warning_before_the_time_limit_comes_and_is_heeded(
 def test_a_preempted_job_saves_and_comes_back_with_and_without_a_grace_time(
     workplace: Workplace, tiny: Tiny, unbroken: Path, tmp_path: Path
 ) -> None:
-    jobs = [
-        workplace.submit(tiny.prime, tmp_path / partition, *LONG, partition=partition)
-        for partition in ("main", "spot")  # without, with a grace time
-    ]
-    for job in jobs:
+    jobs = []
+    for partition, node in (("main", "node1"), ("spot", "node2")):  # without, with a grace time
+        place = {"nodes": 1, "processes_per_node": 2, "directives": [f"--nodelist={node}"]}
+        job = workplace.submit(tiny.prime, tmp_path / partition, *LONG, partition=partition, **place)
         job.wait_for_step(5)
-    urgent = ["--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"]
-    workplace.cluster.run("sbatch", *urgent)
+        urgent = ("--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        workplace.cluster.run("sbatch", *urgent)
+        jobs.append(job)
     for job, outcome in zip(jobs, ("requeued", "preempted"), strict=True):  # by SLURM, by itself
         assert job.wait_until_over(240) == "COMPLETED", job.log
-        assert job.outcomes == [outcome, "finished"]
+        assert job.outcomes == [outcome, "finished"], job.log
         assert_same_run(job.run, unbroken)
 
 
@@ -146,19 +158,27 @@ def test_a_run_goes_on_elsewhere_when_its_node_dies(workplace: Workplace, tiny: 
 def test_a_run_whose_slurmd_alone_died_does_not_go_on_beside_the_one_that_replaces_it(
     workplace: Workplace, tiny: Tiny, tmp_path: Path
 ) -> None:
-    overrides = (f"train.steps={ENDLESS}", "checkpoint.every_steps=20")
-    job = workplace.submit(tiny.prime, tmp_path / "run", *overrides, nodes=1)
-    job.wait_for_step(20)
-    first = json.loads((job.run / "health" / "rank-00000.json").read_text())["pid"]
+    names = ("reached", "cut off")  # both on the first node, which has room for them
+    jobs = [workplace.submit(tiny.prime, tmp_path / name, f"train.steps={ENDLESS}", nodes=1) for name in names]
+    first = [rank_0(job) for job in jobs]
+    (srun,) = [p for p in psutil.process_iter() if p.name() == "srun" and f"{jobs[1].run}/job.yaml" in p.cmdline()]
+    srun.suspend()  # as if cut off from the controller; the other srun hears that its node is taken for dead
     try:
-        workplace.cluster.kill_daemon("node1")  # the ranks live on, and SLURM takes them for dead
-        job.wait_for(lambda: len(job.attempts) == 2, 200)
-        job.wait_for(lambda: not Path(f"/proc/{first}").exists(), 60)
-        job.wait_for(lambda: job.log.count("starts at") == 2)
-        assert "attempt 2 has taken over" in job.log
-        assert job.outcomes == [None, None]
+        workplace.cluster.kill_daemon("node1")  # the ranks live on
+        for job, pid in zip(jobs, first, strict=True):
+            job.wait_for(lambda job=job: len(job.attempts) == 2, 200)
+            job.wait_for(lambda pid=pid: not psutil.pid_exists(pid), 60)
+            assert '"node2"' in (job.run / "attempts.jsonl").read_text().splitlines()[-1]
+        assert jobs[0].outcomes == ["requeued", None]
+        assert jobs[1].outcomes == [None, None] and "attempt 2 has taken over" in jobs[1].log
     finally:
         workplace.cluster.up()
+
+
+def rank_0(job: Submitted) -> int:
+    """Its process id, once it trains."""
+    job.wait_for_step(5)
+    return json.loads((job.run / "health" / "rank-00000.json").read_text())["pid"]
 
 
 # --- ended -----------------------------------------------------------------------------------------------------------
