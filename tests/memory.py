@@ -7,6 +7,7 @@ does not depend on the machine. The run is that of `launch.entry.run`: engine, t
 import argparse
 import contextlib
 import dataclasses
+import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,7 +125,7 @@ def _train(config: LanguageConfig, steps: int, handover: float) -> int | None:
                 raise Enough
             return super().batch(positions, step)
 
-    with _nothing_freed_by_other_threads(handover):
+    with _nothing_freed_by_other_threads(handover), contextlib.redirect_stdout(io.StringIO()):
         moments, live = allocations_of(lambda: entry.run(config, Stopping))
     at_rest = [int(live[np.searchsorted(moments, begin) - 1]) for begin in step_begins[1:]]
     return int(live.max()) if max(at_rest) - min(at_rest) < 1e-3 * max(at_rest) + 4096 else None
