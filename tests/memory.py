@@ -90,13 +90,16 @@ def configured(name: str, tiny: Tiny, folder: Path) -> tuple[LanguageConfig, int
     return configs.load(LanguageConfig, getattr(tiny, family), overrides)[0], world_size
 
 
-def predicted(config: LanguageConfig, world_size: int) -> Estimate:
-    """What the plan says of the peak of training; where host and device are the same memory, they are added up."""
+def planner(config: LanguageConfig, *options: str) -> Planner:
     arguments = argparse.ArgumentParser()
     add_options(arguments)
-    options = options_from(arguments.parse_args(["--gpus", str(world_size)]))
     task = LanguageTask(config, torch.device("cpu"), open_data=False)
-    estimate = Planner(config, task, options).estimate(config.engine)
+    return Planner(config, task, options_from(arguments.parse_args(options)))
+
+
+def predicted(config: LanguageConfig, world_size: int) -> Estimate:
+    """What the plan says of the peak of training; where host and device are the same memory, they are added up."""
+    estimate = planner(config, "--gpus", str(world_size)).estimate(config.engine)
     return dataclasses.replace(estimate, peak=sum(estimate.parts.values()) + estimate.host)
 
 
