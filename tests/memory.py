@@ -7,6 +7,7 @@ does not depend on the machine. The run is that of `launch.entry.run`: engine, t
 import argparse
 import contextlib
 import dataclasses
+import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,13 +90,16 @@ def configured(name: str, tiny: Tiny, folder: Path) -> tuple[LanguageConfig, int
     return configs.load(LanguageConfig, getattr(tiny, family), overrides)[0], world_size
 
 
-def predicted(config: LanguageConfig, world_size: int) -> Estimate:
-    """What the plan says of the peak of training; where host and device are the same memory, they are added up."""
+def planner(config: LanguageConfig, *options: str) -> Planner:
     arguments = argparse.ArgumentParser()
     add_options(arguments)
-    options = options_from(arguments.parse_args(["--gpus", str(world_size)]))
     task = LanguageTask(config, torch.device("cpu"), open_data=False)
-    estimate = Planner(config, task, options).estimate(config.engine)
+    return Planner(config, task, options_from(arguments.parse_args(options)))
+
+
+def predicted(config: LanguageConfig, world_size: int) -> Estimate:
+    """What the plan says of the peak of training; where host and device are the same memory, they are added up."""
+    estimate = planner(config, "--gpus", str(world_size)).estimate(config.engine)
     return dataclasses.replace(estimate, peak=sum(estimate.parts.values()) + estimate.host)
 
 
@@ -124,7 +128,7 @@ def _train(config: LanguageConfig, steps: int, handover: float) -> int | None:
                 raise Enough
             return super().batch(positions, step)
 
-    with _nothing_freed_by_other_threads(handover):
+    with _nothing_freed_by_other_threads(handover), contextlib.redirect_stdout(io.StringIO()):
         moments, live = allocations_of(lambda: entry.run(config, Stopping))
     at_rest = [int(live[np.searchsorted(moments, begin) - 1]) for begin in step_begins[1:]]
     return int(live.max()) if max(at_rest) - min(at_rest) < 1e-3 * max(at_rest) + 4096 else None

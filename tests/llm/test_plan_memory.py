@@ -1,14 +1,16 @@
 """Predicted peaks are those that training has, under every strategy: real engine, real trainer, real data."""
 
+import dataclasses
 import json
 
 import pytest
 
 from launch import config as configs
+from launch.plan import remedies
 from llm.config import LanguageConfig
 from llm.train import main
-from tests.memory import CASES, configured, measured_peak, predicted
-from tests.runs import ROOT
+from tests.memory import CASES, configured, measured_peak, planner, predicted
+from tests.runs import ROOT, VOCAB_SIZE
 
 QUICK = ("ddp", "ddp, accumulated", "fsdp2", "fsdp2, full, average", "fsdp2, tensor parallel", "zero2", "zero3")
 
@@ -42,20 +44,25 @@ def test_more_ranks_smaller_batches_and_checkpointing_need_less_and_an_average_m
     assert estimate(tiny, tmp_path, "engine.reshard_after_forward=false") > plain
 
 
-def test_a_plan_that_fits_recommends_and_one_that_does_not_says_what_would(tiny, tmp_path, capsys):
-    config, _ = configured("fsdp2", tiny, tmp_path)
-    path = str(write(config, tmp_path))
-    assert main([path, "--plan", "--gpus", "2"]) == 0
+def test_a_plan_that_fits_recommends_and_one_that_does_not_says_what_would(tiny, capsys):
+    command = [str(tiny.prime), f"data.vocab_size={VOCAB_SIZE}", "engine.device=cpu", "--plan", "--gpus", "2"]
+    assert main(command) == 0
     text = capsys.readouterr().out
-    assert "* fsdp2" in text and "zero3 offload" in text and "recommended: ddp" in text
-    assert main([path, "--plan", "--gpus", "2", "--gpu-memory", "20MB"]) == 0
-    text = capsys.readouterr().out
-    assert "nothing fits" in text and "with engine.activation_checkpointing=full" in text
-    assert main([path, "--plan", "--gpus", "2", "--json"]) == 0
+    assert "* ddp" in text and "zero3 offload" in text and "recommended: ddp" in text
+    assert main([*command, "--json", "--gpu-memory", "0.3MB"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["recommended"] == {"strategy": "ddp"} and len(made["strategies"]) > 8
-    assert main([path, "--plan", "--gpus", "3"]) == 2
+    assert made["recommended"] is None and len(made["strategies"]) > 8
+    assert main([*command[:-1], "3"]) == 2
     assert "3" in capsys.readouterr().err
+
+
+def test_remedies_fit_where_no_strategy_did(tiny):
+    config, _ = configs.load(LanguageConfig, tiny.prime, [f"data.vocab_size={VOCAB_SIZE}", "engine.device=cpu"])
+    made = planner(config, "--gpus", "1", "--head-room", "0")
+    row = made.estimate(dataclasses.replace(config.engine, strategy="fsdp2"))
+    small = planner(config, "--gpus", "1", "--head-room", "0", "--gpu-memory", str(row.peak - 1))
+    found = remedies(small, [row])
+    assert found and all(changed.peak < row.peak for _, changed in found)
 
 
 PRESETS = sorted(p for p in (ROOT / "configs/llm/paper").rglob("*.yaml") if not p.name.startswith("recipe"))
