@@ -324,10 +324,9 @@ class Watchdog:
         self._write()
         lines = [f"rank {self._rank} on {socket.gethostname()}: {why}"]
         folder = health_dir(self._run_dir)
-        healths, now = read_health(self._run_dir), file_clock(folder)
-        silent_seconds = _MISSED_WRITES * self._config.interval
-        heard = [health.rank for health in healths if now - health.written_time <= silent_seconds]
-        if leads and self._rank <= min(heard, default=self._rank):  # once, by the first who still can
+        if leads and self._is_first():
+            healths, now = read_health(self._run_dir), file_clock(folder)
+            silent_seconds = _MISSED_WRITES * self._config.interval
             report = lagging(healths, world_size=self._world_size, now=now, silent_seconds=silent_seconds)
             lines += [f"  {line}" for line in report]
         lines.append(
@@ -335,13 +334,22 @@ class Watchdog:
             f"`unmask resume {self._run_dir}` goes on from the last checkpoint"
         )
         text = "\n".join(lines) + "\n"
-        if leads and self._word_path is not None and not self._word_path.exists():
-            with contextlib.suppress(OSError):
-                self._word_path.write_text(text)
         tell_launcher(text)
         record_exit(self._run_dir, self._rank, EXIT_HUNG)
         os.write(2, text.encode())  # sys.stderr may be locked by the thread that hangs
         os._exit(EXIT_HUNG)
+
+    def _is_first(self) -> bool:
+        """Leave word for the others, unless one of them was faster: one report is enough."""
+        if self._word_path is None:
+            return True
+        try:
+            self._word_path.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk: rather twice than never
+            return True
+        return True
 
 
 class LossGuard:
