@@ -184,7 +184,7 @@ class _Recorder(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # it takes itself apart, and comes back with the tensors of this rank
         kwargs = kwargs or {}
-        called, args = _as_many_as_there_can_be(func, args)
+        called, args = as_many_as_there_can_be(func, args)
         outputs = called(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", None)
         if packet in _FLOPS:
@@ -219,7 +219,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _as_many_as_there_can_be(func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+def as_many_as_there_can_be(func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """Operations whose result depends on values, made as large as they can be."""
     if func is aten.nonzero.default:
         flags = args[0]

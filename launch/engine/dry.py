@@ -28,6 +28,7 @@ from launch.engine import fsdp2
 from launch.engine.base import EngineConfig, OptimizerConfig
 from launch.engine.build import build_engine
 from launch.errors import ConfigError
+from launch.recording import as_many_as_there_can_be
 from launch.runtime import Place, Runtime
 
 aten = torch.ops.aten
@@ -124,15 +125,5 @@ class _Any(TorchDispatchMode):
         if args and isinstance(args[0], FakeTensor):
             if func is aten._local_scalar_dense.default:
                 return 1.0 if args[0].is_floating_point() else 1
-            if func is aten.nonzero.default:
-                return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
-            if func is aten.index.Tensor:
-                args = (args[0], [place for index in args[1] for place in _places(index)])
+            func, args = as_many_as_there_can_be(func, args)
         return func(*args, **(kwargs or {}))
-
-
-def _places(index: Tensor | None) -> list[Tensor | None]:
-    """An index of flags as indices of numbers, one for each of its dimensions."""
-    if index is None or index.dtype != torch.bool:
-        return [index]
-    return [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
