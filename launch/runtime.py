@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore, HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import FileStore, HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from launch.errors import ClusterError, UserError
 from launch.local import RENDEZVOUS_FILE
@@ -29,6 +29,7 @@ T = TypeVar("T")
 # gloo and the file store have no error type of their own. The last is what a connection says that timed out before.
 _LOST_PEER = re.compile(r"gloo/transport|^Wait timeout|Application timeout caused pair closure")
 
+_AGENT = "TORCHELASTIC_RUN_ID"  # of torchrun and accelerate, whose agent holds the store
 _REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -200,6 +201,9 @@ def start(*, device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
     elif RENDEZVOUS_FILE in os.environ:
         store = FileStore(os.environ[RENDEZVOUS_FILE], place.world_size)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    elif os.environ["MASTER_ADDR"].startswith("127.") and _AGENT not in os.environ:  # srun on a cluster of one machine
+        store = _loopback_store(place, timeout)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
     runtime = Runtime(place, chosen, _gloo_group(timeout), timeout)
@@ -215,6 +219,18 @@ def lost_peer(error: BaseException | None) -> str | None:
             return re.sub(r"^\[\S+gloo/\S+\] ", "", str(error).splitlines()[0])
         error = error.__cause__
     return None
+
+
+def _loopback_store(place: Place, timeout: timedelta) -> TCPStore:
+    """Rank 0 listens on loopback alone, where torch by itself would listen on every interface.
+
+    Not so for a name: its own host may resolve it to loopback (127.0.1.1), where no other node would find it.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if place.rank != 0:
+        return TCPStore(host, port, place.world_size, False, timeout)
+    listener = socket.create_server((host, port)).detach()
+    return TCPStore(host, port, place.world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener)
 
 
 def _error_like(name: str, text: str) -> UserError:

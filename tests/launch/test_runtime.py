@@ -1,3 +1,6 @@
+import socket
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -109,6 +112,27 @@ def test_all_ranks_hear_the_same_sums_decisions_and_errors(tmp_path):
         assert result["gather"] == [0, 10, 20]
         assert result["decide_error"] == "shard 3 is gone"
         assert result["together_error"].endswith("shard 3 is gone")
+
+
+def listeners_of_ranks_without_an_agent(port):
+    import os
+
+    del os.environ[runtime.RENDEZVOUS_FILE]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    here = runtime.start(device="cpu", timeout_seconds=30)
+    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    found = [line.split()[1] for line in lines if line.split()[3] == "0A" and f":{port:04X} " in line]
+    here.barrier()
+    here.close()
+    return found
+
+
+def test_on_a_cluster_of_one_machine_rank_0_listens_on_loopback_alone():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for found in spawn(listeners_of_ranks_without_an_agent, 2, port, group=False):
+        assert found == [f"0100007F:{port:04X}"]
 
 
 def test_asking_for_cuda_without_one_names_the_remedy():
