@@ -58,19 +58,30 @@ def test_the_template_runs_by_hand(workplace: Workplace, tiny: Tiny, unbroken: P
 
 
 def test_hostile_names_are_names(workplace: Workplace, tiny: Tiny, tmp_path: Path) -> None:
+    apptainer = tmp_path / "bin" / "apptainer"  # runs what comes after the image, as the real one does
+    apptainer.parent.mkdir()
+    apptainer.write_text('#!/bin/bash\nuntil [[ $1 == *.sif ]]; do shift; done\necho "image: $1"; shift; exec "$@"\n')
+    apptainer.chmod(0o755)
     jobs = []
-    for name in ("a b; touch gone & it's $(touch gone) `id`", '-n "q" %j %a #x {} $HOME', "line\nend"):
+    for name in ("a b; touch gone & it's $(touch gone) `id`", '-n "q" %j %a #x {} $HOME\nend'):
         run = tmp_path / name.replace(
             "\n", " "
         )  # an #SBATCH line cannot hold it: refused in tests/launch/test_slurm.py
         config = tmp_path / f"{name}.yaml"
         config.write_text(f"base: {tiny.prime}\nrun: {json.dumps({'name': name, 'dir': str(run)})}\n")
-        profile = workplace.profile(nodes=1, environment={"NAME": name}, setup=['echo "name: $NAME"'])
+        profile = workplace.profile(
+            nodes=1,
+            environment={"NAME": name},
+            setup=['echo "name: $NAME"', f"PATH={apptainer.parent}:$PATH"],
+            container={"kind": "apptainer", "image": f"{name}.sif", "mounts": [f"/{name.splitlines()[0]}"]},
+            python=sys.executable,
+        )
         workplace.unmask("submit", str(config), "--cluster", str(profile))
         jobs.append((name, Submitted(workplace.cluster, run)))
     for name, job in jobs:
         assert job.wait_until_over() == "COMPLETED", job.log
-        assert f"name: {name}\n" in (job.run / "job.log").read_text()
+        log = (job.run / "job.log").read_text()
+        assert f"name: {name}\n" in log and f"image: {name}.sif\n" in log
         assert steps_saved(job.run) == [6]
         assert not (ROOT / "gone").exists() and not (job.run / "gone").exists()
 
@@ -114,17 +125,17 @@ def test_the_warning_before_the_time_limit_comes_and_is_heeded(
 def test_a_preempted_job_saves_and_comes_back_with_and_without_a_grace_time(
     workplace: Workplace, tiny: Tiny, unbroken: Path, tmp_path: Path
 ) -> None:
-    jobs = [
-        workplace.submit(tiny.prime, tmp_path / partition, *LONG, partition=partition)
-        for partition in ("main", "spot")  # without, with a grace time
-    ]
-    for job in jobs:
+    jobs = []
+    for partition, node in (("main", "node1"), ("spot", "node2")):  # without, with a grace time
+        place = {"nodes": 1, "processes_per_node": 2, "directives": [f"--nodelist={node}"]}
+        job = workplace.submit(tiny.prime, tmp_path / partition, *LONG, partition=partition, **place)
         job.wait_for_step(5)
-    urgent = ["--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"]
-    workplace.cluster.run("sbatch", *urgent)
+        urgent = ("--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        workplace.cluster.run("sbatch", *urgent)
+        jobs.append(job)
     for job, outcome in zip(jobs, ("requeued", "preempted"), strict=True):  # by SLURM, by itself
         assert job.wait_until_over(240) == "COMPLETED", job.log
-        assert job.outcomes == [outcome, "finished"]
+        assert job.outcomes == [outcome, "finished"], job.log
         assert_same_run(job.run, unbroken)
 
 
