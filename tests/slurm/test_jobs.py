@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.runs import ROOT, Tiny, assert_equal_states, curve, state, steps_saved, train
@@ -157,19 +158,27 @@ def test_a_run_goes_on_elsewhere_when_its_node_dies(workplace: Workplace, tiny: 
 def test_a_run_whose_slurmd_alone_died_does_not_go_on_beside_the_one_that_replaces_it(
     workplace: Workplace, tiny: Tiny, tmp_path: Path
 ) -> None:
-    overrides = (f"train.steps={ENDLESS}", "checkpoint.every_steps=20")
-    job = workplace.submit(tiny.prime, tmp_path / "run", *overrides, nodes=1)
-    job.wait_for_step(20)
-    first = json.loads((job.run / "health" / "rank-00000.json").read_text())["pid"]
+    names = ("reached", "cut off")  # both on the first node, which has room for them
+    jobs = [workplace.submit(tiny.prime, tmp_path / name, f"train.steps={ENDLESS}", nodes=1) for name in names]
+    first = [rank_0(job) for job in jobs]
+    (srun,) = [p for p in psutil.process_iter() if p.name() == "srun" and f"{jobs[1].run}/job.yaml" in p.cmdline()]
+    srun.suspend()  # as if cut off from the controller; the other srun hears that its node is taken for dead
     try:
-        workplace.cluster.kill_daemon("node1")  # the ranks live on, and SLURM takes them for dead
-        job.wait_for(lambda: len(job.attempts) == 2, 200)
-        job.wait_for(lambda: not Path(f"/proc/{first}").exists(), 60)
-        job.wait_for(lambda: job.log.count("starts at") == 2)
-        assert "attempt 2 has taken over" in job.log
-        assert job.outcomes == [None, None]
+        workplace.cluster.kill_daemon("node1")  # the ranks live on
+        for job, pid in zip(jobs, first, strict=True):
+            job.wait_for(lambda job=job: len(job.attempts) == 2, 200)
+            job.wait_for(lambda pid=pid: not psutil.pid_exists(pid), 60)
+            assert '"node2"' in (job.run / "attempts.jsonl").read_text().splitlines()[-1]
+        assert jobs[0].outcomes == ["requeued", None]
+        assert jobs[1].outcomes == [None, None] and "attempt 2 has taken over" in jobs[1].log
     finally:
         workplace.cluster.up()
+
+
+def rank_0(job: Submitted) -> int:
+    """Its process id, once it trains."""
+    job.wait_for_step(5)
+    return json.loads((job.run / "health" / "rank-00000.json").read_text())["pid"]
 
 
 # --- ended -----------------------------------------------------------------------------------------------------------
