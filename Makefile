@@ -47,7 +47,7 @@ test-slow: install
 	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "slow and not slurm and not gpu"
 
 test-slurm: install
-	$(BIN)/python -m pytest tests/slurm -m slurm
+	UNMASK_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -m slurm
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ import pytest
 
 from launch.slurm import Attempt, read_attempts, read_record
 from tests.runs import ROOT, Tiny, write_tiny
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, install
 
 # A run of the tiny experiment is over in a second. With this many steps it lasts as long as a test needs it to.
 ENDLESS = 10**6
@@ -22,6 +22,12 @@ ENDLESS = 10**6
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
+    try:
+        install()
+    except RuntimeError as error:
+        if "UNMASK_REQUIRE_SLURM" in os.environ:
+            raise
+        pytest.skip(f"no SLURM can be started here: {error}")
     folder = Path(tempfile.mkdtemp(prefix="unmask-slurm-"))  # short: the path of a socket has a limit
     cluster = Cluster(folder)
     try:
@@ -29,8 +35,7 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.down()
-        if "UNMASK_KEEP_SLURM" not in os.environ:
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -161,8 +161,9 @@ def test_a_run_whose_slurmd_alone_died_does_not_go_on_beside_the_one_that_replac
     names = ("reached", "cut off")  # both on the first node, which has room for them
     jobs = [workplace.submit(tiny.prime, tmp_path / name, f"train.steps={ENDLESS}", nodes=1) for name in names]
     first = [rank_0(job) for job in jobs]
-    (srun,) = [p for p in psutil.process_iter() if p.name() == "srun" and f"{jobs[1].run}/job.yaml" in p.cmdline()]
-    srun.suspend()  # as if cut off from the controller; the other srun hears that its node is taken for dead
+    for process in psutil.process_iter():  # as if cut off; the other srun hears that its node is taken for dead
+        if process.name() == "srun" and f"{jobs[1].run}/job.yaml" in process.cmdline():
+            process.suspend()
     try:
         workplace.cluster.kill_daemon("node1")  # the ranks live on
         for job, pid in zip(jobs, first, strict=True):
