@@ -91,7 +91,7 @@ def test_what_a_mesh_cannot_do_fails_in_a_dry_run() -> None:
 def test_the_dry_run_of_a_command_makes_a_step_at_the_world_size_it_is_asked_for(
     tiny: Tiny, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
 ) -> None:
-    assert entry.main(LanguageConfig, LanguageTask, [str(tiny.prime), *options, "--dry-run", "--world-size", "4"]) == 0
+    assert entry.main(LanguageConfig, LanguageTask, [str(tiny.prime), *options, "--dry-run", "--gpus", "4"]) == 0
     assert words in capsys.readouterr().out
 
 

@@ -65,11 +65,12 @@ def test_remedies_fit_where_no_strategy_did(tiny):
     assert found and all(changed.peak < row.peak for _, changed in found)
 
 
-PRESETS = sorted(p for p in (ROOT / "configs/llm/paper").rglob("*.yaml") if not p.name.startswith("recipe"))
+# The largest of each published table and family; `unmask plan` takes any of the others. Each is about 15 s of CPU.
+PRESETS = ("scale/scale_3426M_arm", "scale/scale_3426M_primev2", "slim/slim_2121M_primev2", "owt/opt_arm_owt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_a_paper_preset_is_planned_on_sixteen_gpus(path):
-    config, _ = configs.load(LanguageConfig, path)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_paper_preset_is_planned_on_sixteen_gpus(name):
+    config, _ = configs.load(LanguageConfig, ROOT / "configs/llm/paper" / f"{name}.yaml")
     assert predicted(config, 16).peak > 0
