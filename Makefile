@@ -5,13 +5,14 @@ VENV ?= .venv
 FETCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-slurm lint bench install clean
+.PHONY: demo test test-slow test-slurm soak lint bench install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train ARM, MDM, Prime and Prime-v2 on real text and compare their valid bounds (about 20 minutes)"
 	@echo "make test    all tests but the slow ones;  make test-slow  the slow ones (faults at random moments)"
 	@echo "make test-slurm  jobs on a real SLURM that is started for them (root; installs Debian packages if missing)"
+	@echo "make soak    one run, 100 random accidents, no bit lost: one summary line (about 20 minutes)"
 	@echo "make lint    ruff and pyright;             make bench      every benchmark, with ratios"
 
 # Set-up: one environment, versions from constraints.txt. The exact torch version keeps CUDA builds off machines
@@ -48,6 +49,9 @@ test-slow: install
 
 test-slurm: install
 	UNMASK_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -m slurm
+
+soak: install
+	$(BIN)/python -m tests.soak
 
 lint: install
 	$(BIN)/ruff format --check .
