@@ -171,7 +171,8 @@ def test_a_run_whose_slurmd_alone_died_does_not_go_on_beside_the_one_that_replac
             job.wait_for(lambda pid=pid: not psutil.pid_exists(pid), 60)
             assert '"node2"' in (job.run / "attempts.jsonl").read_text().splitlines()[-1]
         assert jobs[0].outcomes == ["requeued", None]
-        assert jobs[1].outcomes == [None, None] and "attempt 2 has taken over" in jobs[1].log
+        jobs[1].wait_for(lambda: "attempt 2 has taken over" in jobs[1].log)
+        assert jobs[1].outcomes == [None, None]
     finally:
         workplace.cluster.up()
 
