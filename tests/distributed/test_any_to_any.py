@@ -8,7 +8,7 @@ import torch
 from tests.distributed.matrix import PLACES, SAVED, STEPS, go_on, place_name, train_and_save
 from tests.runs import Tiny, curve, state
 
-pytestmark = pytest.mark.slow  # 20 runs, and 400 checkpoints taken up
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # 20 runs in a fixture, and 400 checkpoints taken up
 
 NAMES = [place_name(*place) for place in PLACES]
 

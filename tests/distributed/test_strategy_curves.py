@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.matrix import CURVE_STEPS, PLACES, Curve, place_name, prepare_prose, train_preset
 
-pytestmark = [pytest.mark.slow, pytest.mark.data]  # 20 runs
+pytestmark = [pytest.mark.slow, pytest.mark.data, pytest.mark.timeout(600)]  # 20 runs
 
 
 @pytest.fixture(scope="module")
