@@ -12,7 +12,7 @@ help:
 	@echo "make demo    train ARM, MDM, Prime and Prime-v2 on real text and compare their valid bounds (about 20 minutes)"
 	@echo "make test    all tests but the slow ones;  make test-slow  the slow ones (faults at random moments)"
 	@echo "make test-slurm  jobs on a real SLURM that is started for them (root; installs Debian packages if missing)"
-	@echo "make soak    one run, 100 random accidents, no bit lost: one summary line (about 20 minutes)"
+	@echo "make soak    one run, 100 random accidents, no bit lost: one summary line (about 7 minutes)"
 	@echo "make lint    ruff and pyright;             make bench      every benchmark, with ratios"
 
 # Set-up: one environment, versions from constraints.txt. The exact torch version keeps CUDA builds off machines
