@@ -21,9 +21,6 @@ from llm.diffusion.codec import Codec
 from llm.scaling.config import Budget, Family, Ladder, Size
 from llm.scaling.point import Point
 
-MANY_EPOCHS = 4.0  # about where repeated data stop being worth as much as new data (Muennighoff et al., 2305.16264)
-FEW_STEPS = 100
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPoint:
@@ -34,6 +31,7 @@ class PlannedPoint:
     judged: dict[str, Any]  # how it is evaluated, beyond the experiment's section
     steps: int
     flops: TrainingFlops  # of the whole run, by every rule
+    vocab_size: int
     epochs: float | None  # how often it reads the data; None if they are not here
 
     @property
@@ -105,6 +103,7 @@ def _planned(ladder: Ladder, family_name: str, size_name: str, budget: Budget, s
         judged={"joint": ladder.joint, "costly_sequences": ladder.costly_sequences},
         steps=steps,
         flops=flops,
+        vocab_size=vocab_size,
         epochs=None if blocks is None else tokens / (blocks * config.data.block_length),
     )
 
