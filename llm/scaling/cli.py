@@ -40,3 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report.main_fit(rest) if verb == "fit" else report.main_report(rest)
     near = difflib.get_close_matches(verb, VERBS, n=1)
     raise ConfigError(f"there is no verb {verb!r}{f'; did you mean {near[0]!r}?' if near else ''}; {', '.join(VERBS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
