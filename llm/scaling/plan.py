@@ -15,7 +15,7 @@ from typing import Any
 from launch import config as configs
 from launch.errors import ConfigError
 from llm.backbones import TrainingFlops, count_parameters, training_flops
-from llm.config import DiffusionConfig, LanguageConfig
+from llm.config import DiffusionConfig, EvaluationConfig, LanguageConfig
 from llm.data.stream import DataConfig, open_datasets
 from llm.diffusion.codec import Codec
 from llm.scaling.config import Budget, Family, Ladder, Size
@@ -115,7 +115,6 @@ def _experiment(ladder: Ladder, family: Family, size: Size, budget: Budget) -> d
         "train": {"evaluate_every": None, "sample_every": None},
         "checkpoint": {"every_steps": None, "every": 300.0, "keep_last": 1},
         "metrics": {"tensorboard": False},
-        "evaluation": configs.to_dict(ladder.evaluation),
     }
     preset = {k: v for k, v in (_read(size.preset) if size.preset else {}).items() if k in ("model", "train", "engine")}
     layers = (
@@ -128,7 +127,10 @@ def _experiment(ladder: Ladder, family: Family, size: Size, budget: Budget) -> d
     )
     for layer in layers:
         configs.merge(tree, copy.deepcopy(layer))
-    return tree
+    # As in a file, what is left to defaults is not said: a point must stay itself when a later version has more keys.
+    usual = configs.to_dict(EvaluationConfig())
+    said = {key: value for key, value in configs.to_dict(ladder.evaluation).items() if value != usual[key]}
+    return tree | {"evaluation": said}
 
 
 def _schedule(

@@ -51,7 +51,7 @@ class Result:
     estimates: dict[str, Estimated]  # by valid name: nll_ar, nelbo_token, nelbo_subtoken, nelbo_steps, nll_chain
     joint: Estimated | None = None  # loss_ce_joint: no bound, no perplexity; for comparison with published losses
     bytes_per_token: float  # of the held-out text, to turn nats per token into bits per byte
-    seconds: float  # wall time of training and evaluation, over all restarts
+    seconds: float  # wall time of training, over all restarts
 
     def __post_init__(self) -> None:
         for name in self.estimates:

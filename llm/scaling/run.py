@@ -207,10 +207,9 @@ class Study:
     def _start(self, one: PlannedPoint) -> None:
         folder = self._folder / one.point.name
         (folder / FAILURE).unlink(missing_ok=True)
-        target = configs.override("run.dir", str(folder))
         with (folder / "point.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "llm.scaling.train", str(folder / "experiment.yaml"), target],
+                command(folder),
                 env=_environment(os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -282,6 +281,12 @@ class Study:
         done = f"{len(self._finished)} of {len(self._planned)} points in {self._folder} have a {RESULT}"
         print(f"{done}, {len(failures)} failed", flush=True)
         return EXIT_STOPPED if stopped or self._is_stopping else exit_code(self._codes)
+
+
+def command(folder: Path) -> list[str]:
+    """What trains the point in `folder`, or goes on with it."""
+    target = configs.override("run.dir", str(folder))
+    return [sys.executable, "-m", "llm.scaling.train", str(folder / "experiment.yaml"), target]
 
 
 def _share_trained(one: PlannedPoint, study: Path) -> float:

@@ -53,15 +53,15 @@ def seconds(one: PlannedPoint, speeds: Speeds) -> float:
 
 def evaluation_flops(one: PlannedPoint) -> float:
     """Of the forwards behind a point's estimates; a forward is a third of a training step."""
-    evaluation, length = one.experiment["evaluation"], one.experiment["data"]["block_length"]
-    kind = one.experiment["diffusion"]["family"]
-    draws, steps = evaluation["draws"], evaluation["steps"]
-    forwards = {"nll_chain": length, "nelbo_steps": draws * steps}
-    bounds = evaluation["bounds"]
-    cheap = sum(name not in COSTLY for name in bounds) + (1 if one.judged["joint"] else 0)
-    costly = sum(forwards[name] for name in bounds if name in COSTLY)
-    per_block, per_costly_block = {"ar": (1, 0), "mdm": (draws, costly), "prime": (draws * cheap, costly)}[kind]
-    blocks = evaluation["sequences"] or 0
+    config = configs.from_dict(LanguageConfig, one.experiment, source=one.point.name)
+    evaluation, length = config.evaluation, config.data.block_length
+    draws = evaluation.draws
+    forwards = {"nll_chain": length, "nelbo_steps": draws * evaluation.steps}
+    cheap = sum(name not in COSTLY for name in evaluation.bounds) + (1 if one.judged["joint"] else 0)
+    costly = sum(forwards[name] for name in evaluation.bounds if name in COSTLY)
+    families = {"ar": (1, 0), "mdm": (draws, costly), "prime": (draws * cheap, costly)}
+    per_block, per_costly_block = families[config.diffusion.family]
+    blocks = evaluation.sequences or 0
     return _flops_per_token(one) / 3 * length * (blocks * per_block + one.judged["costly_sequences"] * per_costly_block)
 
 

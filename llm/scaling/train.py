@@ -61,8 +61,9 @@ class PointTask(LanguageTask):
             ([*(name for name in wanted if name not in COSTLY), *joint], evaluation.sequences),
             ([name for name in wanted if name in COSTLY], facts["judged"]["costly_sequences"]),
         ):
-            blocks = heldout_blocks(dataset, sequences)
-            found += evaluate_bounds(model, self.language, dataset, blocks, names, evaluation, runtime)
+            if names:
+                blocks = heldout_blocks(dataset, sequences)
+                found += evaluate_bounds(model, self.language, dataset, blocks, names, evaluation, runtime)
         if runtime.is_main:
             self._write(found, facts, dataset.bytes_per_token)
         return {key: value for one in found for key, value in one.figures(dataset.bytes_per_token).items()}
