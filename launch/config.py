@@ -76,6 +76,16 @@ def run_folder(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     return Path(str(section.get("dir") or f"runs/{section.get('name') or 'run'}"))
 
 
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`under` itself, with the values of `over` in place of its own; mappings are merged, all else is replaced."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(under.get(key), dict):
+            merge(under[key], value)
+        else:
+            under[key] = value
+    return under
+
+
 def entry_module(path: str | Path) -> str:
     """The training module of the room that an experiment names."""
     entry = read_yaml(path).get("entry")
@@ -173,18 +183,9 @@ def _read_yaml(path: Path, sources: dict[str, str], chain: tuple[Path, ...]) -> 
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         base_tree = _read_yaml(path.parent / base, sources, (*chain, path.resolve()))
-        _merge(merged, base_tree)
+        merge(merged, base_tree)
     sources.update({key: str(path) for key in flatten(tree)})
-    return _merge(merged, tree)
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(under.get(key), dict):
-            _merge(under[key], value)
-        else:
-            under[key] = value
-    return under
+    return merge(merged, tree)
 
 
 def _apply_override(tree: dict[str, Any], override: str, sources: dict[str, str]) -> None:

@@ -141,7 +141,7 @@ class _Children:
                 stderr=output,
                 # Ctrl-C reaches the launcher alone, which passes it on once; and a rank can be killed with its helpers.
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
             )
         self._children.append(child)
         self._logs.append(log)
@@ -205,7 +205,7 @@ class _Children:
                 child.wait()
 
 
-def _die_with(launcher: int) -> Callable[[], None]:
+def die_with(launcher: int) -> Callable[[], None]:
     """For `preexec_fn`: the kernel kills the child when its launcher dies, of whatever cause."""
     libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork, where no lock may be waited for
 

@@ -1,0 +1,1 @@
+"""Scaling laws: ladders of models trained at matched FLOPs, and fits of what their valid bounds say."""
