@@ -114,7 +114,7 @@ def _experiment(ladder: Ladder, family: Family, size: Size, budget: Budget) -> d
     quiet = {  # a study has hundreds of points, and each is judged once
         "train": {"evaluate_every": None, "sample_every": None},
         "checkpoint": {"every_steps": None, "every": 300.0, "keep_last": 1},
-        "metrics": {"tensorboard": False},
+        "metrics": {"tensorboard": False, "report": False},  # whose pictures take seconds
     }
     preset = {k: v for k, v in (_read(size.preset) if size.preset else {}).items() if k in ("model", "train", "engine")}
     layers = (

@@ -179,10 +179,8 @@ class Study:
         if code == EXIT_OK and is_finished(job.one, self._folder):
             self._finished.add(point.name)
             self._codes.append(EXIT_OK)
-            result = read_result(folder / RESULT)
-            best = min(result.estimates, key=lambda name: result.estimates[name].nats_per_token)
-            found = result.estimates[best]
-            return f"{point.name}: {best} {found.nats_per_token:.4f} ({found.standard_error:.4f}) nats/token"
+            name, found = next(iter(read_result(folder / RESULT).estimates.items()))
+            return f"{point.name}: {name} {found.nats_per_token:.4f} ({found.standard_error:.4f}) nats/token"
         if code == EXIT_STOPPED or (self._is_stopping and job.process.returncode == -signal.SIGTERM):
             return f"{point.name}: stopped"
         if code == EXIT_OK:

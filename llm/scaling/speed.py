@@ -23,7 +23,7 @@ from llm.scaling.plan import PlannedPoint
 from llm.scaling.train import COSTLY
 from llm.task import LanguageTask
 
-START_SECONDS = 6.0  # of a point's own process on a CPU: imports, data, the pictures of the report
+START_SECONDS = 4.0  # of a point's own process on a CPU, before and after training: imports, data, checkpoint
 _WARM_UP, _MEASURED = 2, 5  # steps
 
 Speeds = dict[str, tuple[np.ndarray, np.ndarray]]

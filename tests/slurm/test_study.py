@@ -39,7 +39,7 @@ def test_the_points_of_a_ladder_are_an_array_and_finished_ones_are_not_submitted
     names = ["mdm/s-1e08-s0", "mdm/s-2e08-s0"]
     for point in [Submitted(workplace.cluster, study / name) for name in names]:
         assert point.wait_until_over(240) == "COMPLETED", point.log
-        assert point.outcomes == ["finished"] and "report:" in point.log
+        assert point.outcomes == ["finished"]
     assert [result.point.name for result in read_results(study)] == names
     shown = workplace.unmask("status", str(study))
     assert all(name in shown for name in names) and shown.count("COMPLETED") == 2

@@ -182,7 +182,7 @@ def test_workers_take_the_points_in_order() -> None:
     assert table.wall_seconds([1.0, 1.0, 1.0, 5.0], jobs=2) == 6.0
 
 
-@pytest.mark.parametrize("name", ["paper_scale", "paper_slim", "study"])
+@pytest.mark.parametrize("name", ["paper_scale", "paper_slim", "study", "try"])
 def test_the_ladders_of_the_repository_spend_their_budgets(name: str) -> None:
     ladder = load_ladder(ROOT / f"configs/llm/scaling/{name}.yaml")
     for one in plan_ladder(ladder):

@@ -259,7 +259,7 @@ def test_a_kill_in_the_middle_loses_no_finished_point_and_repeats_none(ladder: P
     assert f"3 points, {len(finished)} done" in ended.output
     assert len(read_results(study)) == 3
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
-    assert not [*study.glob("*/*/checkpoints")]
+    assert not [path for name in ("checkpoints", "report", "tb") for path in study.glob(f"*/*/{name}")]
 
 
 def wait_for(condition, process=None, seconds: float = 120) -> None:
