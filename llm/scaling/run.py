@@ -109,7 +109,7 @@ class Study:
     def __init__(self, folder: Path, planned: Sequence[PlannedPoint], *, jobs: int) -> None:
         self._folder, self._planned, self._jobs = folder, planned, jobs
         self._running: list[Job] = []
-        self._codes: list[int] = []  # of the points that have ended, and of those that diverged earlier
+        self._codes: list[int] = []  # of every point, in the end; of those that diverged earlier, too
         self._finished = {one.point.name for one in planned if is_finished(one, folder)}
         self._begin, self._said = time.monotonic(), time.monotonic()
         self._flops_at_begin = 0.0
@@ -136,7 +136,8 @@ class Study:
             for job in self._running:
                 job.process.kill()
                 job.process.wait()
-        return self._summary(stopped=bool(waiting))
+        self._codes += [EXIT_STOPPED] * len(waiting)
+        return self._summary()
 
     def _start(self, one: PlannedPoint) -> None:
         folder = self._folder / one.point.name
@@ -182,6 +183,7 @@ class Study:
             name, found = next(iter(read_result(folder / RESULT).estimates.items()))
             return f"{point.name}: {name} {found.nats_per_token:.4f} ({found.standard_error:.4f}) nats/token"
         if code == EXIT_STOPPED or (self._is_stopping and job.process.returncode == -signal.SIGTERM):
+            self._codes.append(EXIT_STOPPED)
             return f"{point.name}: stopped"
         if code == EXIT_OK:
             code, reason = 1, f"trained, but its {RESULT} is gone; remove the folder to train it again"
@@ -206,13 +208,13 @@ class Study:
         finished = sum(one.point.flops for one in self._planned if one.point.name in self._finished)
         return finished + sum(one.point.flops * _share_trained(one, self._folder) for one in begun)
 
-    def _summary(self, *, stopped: bool) -> int:
+    def _summary(self) -> int:
         failures = [(p.point.name, f) for p in self._planned if (f := read_failure(p, self._folder / p.point.name))]
         for name, failure in failures:
             print(f"failed: {name}: {failure['reason']} (see {self._folder / name / 'point.log'})", flush=True)
         done = f"{len(self._finished)} of {len(self._planned)} points in {self._folder} have a {RESULT}"
         print(f"{done}, {len(failures)} failed", flush=True)
-        return EXIT_STOPPED if stopped or self._is_stopping else exit_code(self._codes)
+        return exit_code(self._codes)
 
 
 def command(folder: Path) -> list[str]:

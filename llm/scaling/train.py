@@ -54,7 +54,10 @@ class PointTask(LanguageTask):
     """A language model that is judged once, by every bound that the ladder asks for."""
 
     def evaluate(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:
-        """Collective. The trainer calls it once, behind the last checkpoint; rank 0 writes POINT/result.json."""
+        """Collective. On held-out blocks of the first data source; rank 0 writes POINT/result.json.
+
+        The trainer calls it once, behind the last checkpoint.
+        """
         evaluation, facts = self.config.evaluation, read_facts(self.config.run.folder)
         wanted = self.language.bounds(evaluation.bounds)
         joint = ["loss_ce_joint"] if facts["judged"]["joint"] and self.language.family == "prime" else []
