@@ -22,12 +22,21 @@ from llm.diffusion.sampler import (
     start,
     tempered,
 )
-from tests.llm.diffusion.enumeration import copy_joint, posterior, random_model, sampler_law
+from tests.llm.diffusion.enumeration import (
+    all_sequences,
+    copy_joint,
+    layered_orders,
+    nll_over_orders,
+    posterior,
+    random_model,
+    sampler_law,
+)
 
 ORDERS = [
     ("ancestral", "digit"),
     ("ancestral", "token"),
     ("ancestral", "schedule"),
+    ("layers", "digit"),
     ("random", "digit"),
     ("random", "token"),
     ("left_to_right", "digit"),
@@ -172,6 +181,30 @@ def test_the_plan_reveals_what_is_still_hidden_at_step_k_with_probability_one_in
     at_step = reveal.ancestral_plan(token, digit, steps, whole_token_steps=0).flatten().bincount(minlength=steps)
     hidden = len(u) - at_step.cumsum(0) + at_step
     torch.testing.assert_close(at_step / hidden, 1 / (steps - torch.arange(steps).float()))
+
+
+def test_layers_reveal_every_first_digit_before_any_second_one():
+    codec = build_codec(27, 3)
+    calls: list[tuple[Tensor, Tensor]] = []
+    digits, frozen = nothing_given(4, 6, codec)
+    model = recorded(at_positions(lambda d: torch.zeros(*d.shape[:2], 27, dtype=torch.float64)), calls)
+    sample(digits, frozen, codec=codec, predict=model, draw=streams(4), config=SamplerConfig(steps=30, order="layers"))
+    for state, _ in calls:
+        hidden = (state == codec.mask_symbol).any(1)  # [B, l], of any token
+        shown = (state != codec.mask_symbol).any(1)
+        assert not (hidden[:, :-1] & shown[:, 1:]).any()
+
+
+def test_layers_in_many_steps_have_the_law_of_layered_orders():
+    codec, steps = build_codec(3, 2), 200
+    model, tokens = random_model(codec, 2, seed=8), all_sequences(3, 2)
+    expected = torch.exp(-nll_over_orders(model, codec, tokens, layered_orders(2, 2)))
+    digits, frozen = nothing_given(20_000, 2, codec)
+    config = SamplerConfig(steps=steps, order="layers")
+    drawn = sample(digits, frozen, codec=codec, predict=at_positions(model), draw=streams(20_000), config=config)
+    found = torch.bincount((drawn.tokens * torch.tensor([3, 1])).sum(-1), minlength=9) / 20_000
+    # both digits of a layer in one of its 100 steps: probability 1/100, hence the slack of 0.01
+    assert ((found - expected).abs() < 0.01 + 4 * (expected * (1 - expected) / 20_000).sqrt()).all()
 
 
 def test_a_schedule_reveals_whole_tokens_above_its_chunk_point_and_independent_digits_below():
