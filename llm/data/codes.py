@@ -99,18 +99,18 @@ def _bisect(members: np.ndarray, vectors: np.ndarray, mass: np.ndarray) -> np.nd
     direction = np.linalg.svd(centred, full_matrices=False)[2][0]
     direction = direction * np.sign(direction[np.abs(direction).argmax()])  # a singular vector has no sign of its own
     ranked = members[np.argsort(centred @ direction, kind="stable")]
-    low, high = _halves(ranked, mass)
+    low, high = halves(ranked, mass)
     low, high = (_bisect(part, vectors, mass) for part in (low, high))
     ends = [(a, b) for a in (low, low[::-1]) for b in (high, high[::-1])]
     gaps = [np.linalg.norm(vectors[a[-1]] - vectors[b[0]]) for a, b in ends]
     return np.concatenate(ends[int(np.argmin(gaps))])
 
 
-def _halves(ranked: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def halves(ranked: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two parts of equal size and, as far as that goes, of equal mass: the cut is at half of the mass, and the lightest
     members of the larger part fill up the smaller one. A first digit then tells as much as it can."""
-    cumulative = mass[ranked].cumsum()
-    cut, half = int(np.searchsorted(cumulative, cumulative[-1] / 2)), len(ranked) // 2
+    below = np.concatenate([[0.0], mass[ranked].cumsum()])  # mass of the first 0, 1, ... members
+    cut, half = int(np.abs(below - below[-1] / 2).argmin()), len(ranked) // 2
     low, high = ranked[:cut], ranked[cut:]
     if cut > half:
         moves = np.argsort(mass[low], kind="stable")[: cut - half]
