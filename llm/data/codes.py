@@ -77,7 +77,7 @@ def by_similarity(counts: np.ndarray) -> np.ndarray:
     the part at hand differ most; each half is turned so that its near end meets its neighbour.
     """
     vectors = context_vectors(counts)
-    return _bisect(np.arange(len(vectors)), vectors, counts.sum(1))
+    return _bisect(np.arange(len(vectors)), vectors)
 
 
 def context_vectors(counts: np.ndarray) -> np.ndarray:
@@ -92,28 +92,15 @@ def context_vectors(counts: np.ndarray) -> np.ndarray:
     return left[:, :kept] * np.sqrt(scale[:kept])
 
 
-def _bisect(members: np.ndarray, vectors: np.ndarray, mass: np.ndarray) -> np.ndarray:
+def _bisect(members: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     if len(members) <= 2:
         return members
     centred = vectors[members] - vectors[members].mean(0)
     direction = np.linalg.svd(centred, full_matrices=False)[2][0]
     direction = direction * np.sign(direction[np.abs(direction).argmax()])  # a singular vector has no sign of its own
     ranked = members[np.argsort(centred @ direction, kind="stable")]
-    low, high = halves(ranked, mass)
-    low, high = (_bisect(part, vectors, mass) for part in (low, high))
+    half = len(ranked) // 2
+    low, high = (_bisect(part, vectors) for part in (ranked[:half], ranked[half:]))
     ends = [(a, b) for a in (low, low[::-1]) for b in (high, high[::-1])]
     gaps = [np.linalg.norm(vectors[a[-1]] - vectors[b[0]]) for a, b in ends]
     return np.concatenate(ends[int(np.argmin(gaps))])
-
-
-def halves(ranked: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two parts of equal size and, as far as that goes, of equal mass: the cut is at half of the mass, and the lightest
-    members of the larger part fill up the smaller one. A first digit then tells as much as it can."""
-    below = np.concatenate([[0.0], mass[ranked].cumsum()])  # mass of the first 0, 1, ... members
-    cut, half = int(np.abs(below - below[-1] / 2).argmin()), len(ranked) // 2
-    low, high = ranked[:cut], ranked[cut:]
-    if cut > half:
-        moves = np.argsort(mass[low], kind="stable")[: cut - half]
-        return np.delete(low, moves), np.concatenate([low[moves], high])
-    moves = np.argsort(mass[high], kind="stable")[: half - cut]
-    return np.concatenate([low, high[moves]]), np.delete(high, moves)

@@ -7,7 +7,7 @@ import pytest
 
 from launch.errors import DataError
 from llm.data.cli import main
-from llm.data.codes import by_similarity, halves, make_code, neighbour_counts, read_code
+from llm.data.codes import by_similarity, make_code, neighbour_counts, read_code
 from llm.data.shards import TokenDataset
 from tests.runs import Tiny
 
@@ -24,14 +24,6 @@ def test_tokens_of_one_kind_fill_one_half_of_the_order():
     assert sorted(order) == list(range(16))
     halves = TWO_KINDS[order].reshape(2, 8)
     assert (halves == halves[:, :1]).all()
-
-
-def test_halves_have_equal_size_and_equal_mass_the_light_members_fill_up():
-    mass = np.array([4.0, 4.0, 4.0, 4.0, 0.0, 0.1, 0.0, 0.1])
-    low, high = halves(np.arange(8), mass)
-    assert low.tolist() == [0, 1, 4, 6] and high.tolist() == [2, 3, 5, 7]
-    low, high = halves(np.arange(8)[::-1], mass)
-    assert sorted(low) == [2, 3, 5, 7] and sorted(high) == [0, 1, 4, 6]
 
 
 def test_the_table_is_a_permutation_that_depends_on_the_training_split_alone(tiny: Tiny, tmp_path: Path):
