@@ -110,8 +110,16 @@ class LanguageTask:
         elif diffusion.p_group > 0:
             choice = uniform(stream_key(seed, "granularity", step), rows, 1)[:, 0]
             grouped = masking.random_granularity(choice, p_group=diffusion.p_group)
-        mask = masking.random_mask(noise, times, grouped=grouped)
-        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
+        layer = None
+        if diffusion.order == "layers":
+            layer, within = masking.layer_at(times, self.codec.granularity)
+            whole = torch.zeros_like(times, dtype=torch.bool) if grouped is None else grouped
+            times = torch.where(whole, times, within)
+            by_layer = masking.layered(masking.random_mask(noise[..., :1], times), layer, self.codec.granularity)
+            mask = torch.where(whole[:, None, None], masking.random_mask(noise, times, grouped=whole), by_layer)
+        else:
+            mask = masking.random_mask(noise, times, grouped=grouped)
+        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped, layer=layer)
         return Batch(tokens=tokens, masked=masked, dropout_key=dropout_key)
 
     def example_batch(self, size: int) -> Batch:
@@ -123,7 +131,12 @@ class LanguageTask:
         times = torch.ones(size, device=self.device)
         mixes = self.config.diffusion.chunk_point is not None or self.config.diffusion.p_group > 0
         grouped = torch.zeros(size, dtype=torch.bool, device=self.device) if mixes else None
-        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
+        layer = (
+            torch.zeros(size, dtype=torch.int64, device=self.device)
+            if self.config.diffusion.order == "layers"
+            else None
+        )
+        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped, layer=layer)
         return Batch(tokens=tokens, masked=masked, dropout_key=0)
 
     def _times(self, rows: Tensor, step: int, global_batch: int) -> Tensor:

@@ -64,6 +64,19 @@ def test_settings_that_contradict_each_other_are_refused(values, words):
         DiffusionConfig(**values).check("diffusion")
 
 
+@pytest.mark.parametrize("objective", ["nelbo_subtoken", "ce_joint", "ce_joint+nelbo_layered"])
+def test_layers_are_trained_by_their_own_bound_alone(objective):
+    config = DiffusionConfig(granularity=2, order="layers", objective=objective)
+    with pytest.raises(ConfigError, match=r"order = layers is trained by nelbo_layered"):
+        config.objective_for(config.codec(9))
+
+
+def test_the_layered_bound_does_not_train_on_digits_in_any_order():
+    config = DiffusionConfig(granularity=2, objective="nelbo_layered")
+    with pytest.raises(ConfigError, match="order = layers"):
+        config.objective_for(config.codec(9))
+
+
 def test_an_objective_whose_masks_are_never_drawn_is_refused():
     config = DiffusionConfig(granularity=4, objective="nelbo_token")
     with pytest.raises(ConfigError, match="p_group"):
