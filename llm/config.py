@@ -41,6 +41,7 @@ class DiffusionConfig:
     )
     carry_over_train: bool = True  # give no probability to tokens that contradict the visible digits
     p_group: float = 0.0  # share of sequences whose tokens are masked as a whole
+    p_group_final: float | None = None  # that share at the last step, to which it moves evenly; null: it stays
     chunk_point: float | None = None  # mask whole tokens at times above this; the released v2 recipe, no bound claimed
     t_min: float = 1e-3  # training weight is 1 / max(t, t_min); evaluation has no such limit
     time_sampling: Literal["stratified", "uniform"] = "stratified"  # one time per stratum of the global batch, or iid
@@ -53,9 +54,10 @@ class DiffusionConfig:
                 f"{path}.granularity = {self.granularity} does not go with {path}.family = {self.family}: prime has 2 "
                 "or more digits per token, ar and mdm have 1"
             )
-        for name in ("p_group", "random_length_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{path}.{name} = {getattr(self, name)}; a probability lies in [0, 1]")
+        for name in ("p_group", "p_group_final", "random_length_probability"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{path}.{name} = {value}; a probability lies in [0, 1]")
         if self.chunk_point is not None and not 0 <= self.chunk_point <= 1:
             raise ConfigError(f"{path}.chunk_point = {self.chunk_point}; a time lies in [0, 1], or null")
         if self.code is not None and (self.shuffle or self.family != "prime"):
@@ -90,6 +92,16 @@ class DiffusionConfig:
                 ) from None
         return terms
 
+    @property
+    def draws_whole_tokens(self) -> bool:
+        """Whether some sequence, at some step, is masked by whole tokens because of `p_group`."""
+        return self.p_group > 0 or bool(self.p_group_final)
+
+    def group_share(self, progress: float) -> float:
+        """Share of sequences masked by whole tokens when this share of the steps is done."""
+        final = self.p_group if self.p_group_final is None else self.p_group_final
+        return self.p_group + (final - self.p_group) * progress
+
     def objective_for(self, codec: Codec) -> MaskedObjective:
         """The library's objective; `ConfigError` if its terms do not suit the masks that this section draws."""
         objective = MaskedObjective(
@@ -102,8 +114,8 @@ class DiffusionConfig:
         try:
             objective.check(
                 codec,
-                can_group=self.p_group > 0 or whole_tokens_at_times,
-                can_split=self.p_group < 1 if not whole_tokens_at_times else True,
+                can_group=self.draws_whole_tokens or whole_tokens_at_times,
+                can_split=self.group_share(0.0) < 1 or self.group_share(1.0) < 1 or whole_tokens_at_times,
                 in_layers=self.order == "layers",
             )
         except ValueError as error:

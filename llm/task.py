@@ -107,9 +107,10 @@ class LanguageTask:
         grouped = None
         if diffusion.chunk_point is not None:
             grouped = masking.granularity_by_time(times, chunk_point=diffusion.chunk_point)
-        elif diffusion.p_group > 0:
+        elif diffusion.draws_whole_tokens:
             choice = uniform(stream_key(seed, "granularity", step), rows, 1)[:, 0]
-            grouped = masking.random_granularity(choice, p_group=diffusion.p_group)
+            share = diffusion.group_share(step / max(1, self.config.train.steps - 1))
+            grouped = masking.random_granularity(choice, p_group=share)
         layer = None
         if diffusion.order == "layers":
             layer, within = masking.layer_at(times, self.codec.granularity)
@@ -129,7 +130,7 @@ class LanguageTask:
             return Batch(tokens=tokens, masked=None, dropout_key=0)
         mask = torch.ones(*tokens.shape, self.codec.granularity, dtype=torch.bool, device=self.device)
         times = torch.ones(size, device=self.device)
-        mixes = self.config.diffusion.chunk_point is not None or self.config.diffusion.p_group > 0
+        mixes = self.config.diffusion.chunk_point is not None or self.config.diffusion.draws_whole_tokens
         grouped = torch.zeros(size, dtype=torch.bool, device=self.device) if mixes else None
         layer = (
             torch.zeros(size, dtype=torch.int64, device=self.device)

@@ -92,3 +92,14 @@ def test_a_plan_without_data_needs_the_vocabulary_size():
     config, _ = configs.load(LanguageConfig, TINY[0])
     with pytest.raises(ConfigError, match=r"data\.vocab_size"):
         LanguageTask(config, torch.device("cpu"), open_data=False)
+
+
+def test_the_share_of_whole_tokens_moves_evenly_to_its_last_value():
+    rising = DiffusionConfig(granularity=2, objective="ce_joint", p_group=0.0, p_group_final=1.0)
+    assert [rising.group_share(t) for t in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
+    assert [DiffusionConfig(granularity=2, p_group=0.3).group_share(t) for t in (0.0, 1.0)] == [0.3, 0.3]
+    with pytest.raises(ConfigError, match=r"p_group_final = 1\.5; a probability"):
+        DiffusionConfig(granularity=2, p_group_final=1.5).check("diffusion")
+    falling = DiffusionConfig(granularity=2, objective="nelbo_subtoken", p_group=0.5, p_group_final=0.0)
+    with pytest.raises(ConfigError, match="leaves part of the batch without a loss"):
+        falling.objective_for(falling.codec(9))

@@ -57,6 +57,28 @@ def test_a_random_length_is_that_of_the_step_on_every_rank(tiny: Tiny) -> None:
     assert len(set.union(*lengths.values())) > 1
 
 
+def test_in_layers_no_digit_is_visible_behind_the_layer_and_none_hidden_before_it(tiny: Tiny) -> None:
+    settings = ("diffusion.order=layers", "diffusion.objective=nelbo_layered", "diffusion.p_group=0")
+    made, seen = task(tiny.prime, *settings), set()
+    for step in range(6):
+        masked = made.batch(np.arange(8), step).masked
+        assert masked is not None and masked.layer is not None
+        for layer, mask in zip(masked.layer.tolist(), masked.mask, strict=True):
+            assert not mask[:, :layer].any() and mask[:, layer + 1 :].all()
+            seen.add(layer)
+    assert seen == {0, 1, 2}
+
+
+def test_a_rising_share_of_whole_tokens_begins_with_digits_and_ends_with_tokens(tiny: Tiny) -> None:
+    made = task(tiny.prime, "diffusion.p_group=0", "diffusion.p_group_final=1", "diffusion.objective=ce_joint")
+    shares = []
+    for step in range(6):
+        masked = made.batch(np.arange(8), step).masked
+        assert masked is not None and masked.grouped is not None
+        shares.append(float(masked.grouped.float().mean()))
+    assert shares[0] == 0.0 and shares[-1] == 1.0 and 0.0 < shares[2] < 1.0
+
+
 def test_the_loss_is_a_sum_and_its_figures_are_those_of_the_parts_added_up(tiny: Tiny) -> None:
     made = task(tiny.prime)
     model = made.build_model()
