@@ -1,12 +1,19 @@
 """Classes of tokens against known languages and against every possible classification."""
 
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from launch.errors import ConfigError
 from llm.data import word_classes
+from llm.data.cli import main
+from llm.data.codes import neighbour_counts, read_code
+from llm.data.shards import TokenDataset
 from llm.data.word_classes import by_classes, class_information
+from llm.diffusion.codec import build_codec
+from tests.runs import Tiny
 
 
 def two_kinds(size: int = 8) -> np.ndarray:
@@ -81,3 +88,15 @@ def test_tokens_that_never_occur_take_the_places_that_are_left():
     order = by_classes(counts, base=4, granularity=2)
     assert sorted(order.tolist()) == list(range(10))
     assert len(set(labels_of(order, 4, 1)[:4])) > 1  # the used tokens are not crowded into one class
+
+
+def test_the_command_writes_a_table_whose_first_digit_is_the_class(tiny: Tiny, tmp_path: Path):
+    out = tmp_path / "classes.json"
+    assert main(["code", str(tiny.data), "--kind", "classes", "--granularity", "2", "--out", str(out)]) == 0
+    codec = build_codec(300, 2, permutation=read_code(out))
+    counts = neighbour_counts(TokenDataset.open(tiny.data, "train", 16))
+    by_place = np.arange(300) // codec.base
+    told, told_by_ids = (class_information(counts, labels) for labels in (codec.codes[:, 0].numpy(), by_place))
+    assert told > 1.5 * told_by_ids
+    with pytest.raises(ConfigError, match="--granularity is 1"):
+        main(["code", str(tiny.data), "--granularity", "1", "--out", str(tmp_path / "none.json")])
