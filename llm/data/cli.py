@@ -103,13 +103,14 @@ def _parser() -> argparse.ArgumentParser:
         "code",
         help="order the vocabulary so that partial masking reveals the kind of a token first",
         description=(
-            "Write a table of codes for diffusion.code: tokens of similar neighbours (or of similar frequency) in the "
-            "training split share their first digits, whatever the granularity."
+            "Write a table of codes for diffusion.code: tokens with the same first digits are a class that foretells "
+            "other classes, or have similar neighbours, or similar frequency, in the training split."
         ),
-        epilog="example: unmask data code data/prose --kind similarity --out data/prose/codes/similarity.json",
+        epilog="example: unmask data code data/prose --kind classes --granularity 2 --out codes/prose-classes.json",
     )
     verb.add_argument("path", type=Path, metavar="DIR", help="prepared data set")
-    verb.add_argument("--kind", choices=get_args(Kind), default="similarity", help="what neighbours share (similarity)")
+    verb.add_argument("--kind", choices=get_args(Kind), default="classes", help="what neighbours share (classes)")
+    verb.add_argument("--granularity", type=int, default=2, metavar="L", help="digits per token, of classes (2)")
     verb.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to create")
     verb.set_defaults(run=_code)
     return parser
@@ -173,7 +174,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _code(args: argparse.Namespace) -> int:
-    places = make_code(args.path, args.kind, args.out)
+    if args.granularity < 2:
+        raise ConfigError(f"--granularity is {args.granularity}; a token of one digit has no code, give at least 2")
+    places = make_code(args.path, args.kind, args.out, granularity=args.granularity)
     tokenizer = TokenDataset.open(args.path, "train", 1).tokenizer
     order = places.argsort()
     width = math.isqrt(len(order) - 1) + 1  # the groups that two digits would make

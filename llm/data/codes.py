@@ -1,9 +1,10 @@
 """Codes that say something: an order of the vocabulary in which neighbours are alike.
 
 A token's digits are those of its place in the order (llm/diffusion/codec.py), so tokens whose places are close share
-their first digits. `similarity` orders tokens by the contexts they stand in, `frequency` by how often they occur; both
-look at the training split only. The order is a small JSON file, made once by `unmask data code` and named in
-`diffusion.code`; its hash is part of every checkpoint, and an exported folder carries a copy.
+their first digits. `classes` sorts tokens into classes that foretell one another (word_classes.py), `similarity` orders
+them by the contexts they stand in, `frequency` by how often they occur; all look at the training split only. The order
+is a small JSON file, made once by `unmask data code` and named in `diffusion.code`; its hash is part of every
+checkpoint, and an exported folder carries a copy.
 """
 
 import json
@@ -14,21 +15,39 @@ import numpy as np
 
 from launch.errors import DataError
 from llm.data.shards import TokenDataset
+from llm.data.word_classes import by_classes
+from llm.diffusion.codec import smallest_base
 
-Kind = Literal["similarity", "frequency"]
+Kind = Literal["classes", "similarity", "frequency"]
 FORMAT = "unmask-code-1"
 _BLOCK = 4096  # tokens read at once
 _DIMENSIONS = 32  # of the context vectors
 _MOST_TOKENS = 20_000_000  # of the training split, from its start
+_LARGEST_VOCABULARY = 8192  # bigrams are counted in a full table, of 0.5 GB then
 
 
-def make_code(data: Path, kind: Kind, out: Path) -> np.ndarray:
-    """int64 [V]: the place of each token, also written to `out`. DataError if the file exists or the data is empty."""
+def make_code(data: Path, kind: Kind, out: Path, *, granularity: int = 2) -> np.ndarray:
+    """int64 [V]: the place of each token, also written to `out`. DataError if the file exists or the data is empty.
+
+    granularity: digits per token of the models that will use it; of the kinds, only classes depends on it.
+    """
     if out.exists():
         raise DataError(f"{out} exists, and models may have been trained with it; choose another --out")
     dataset = TokenDataset.open(data, "train", _BLOCK)
+    size = dataset.manifest.vocab_size
+    if size > _LARGEST_VOCABULARY:
+        raise DataError(
+            f"{data} has a vocabulary of {size} tokens, and codes are made for {_LARGEST_VOCABULARY} at most; use "
+            "diffusion.shuffle or token ids, or prepare the data with a smaller tokenizer"
+        )
     counts = neighbour_counts(dataset)
-    order = by_similarity(counts) if kind == "similarity" else np.argsort(-counts.sum(1), kind="stable")
+    match kind:
+        case "classes":
+            order = by_classes(counts, base=smallest_base(size, granularity), granularity=granularity)
+        case "similarity":
+            order = by_similarity(counts)
+        case "frequency":
+            order = np.argsort(-counts.sum(1), kind="stable")
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     content = {

@@ -48,6 +48,16 @@ def test_the_times_of_a_global_batch_lie_in_one_stratum_each(tiny: Tiny) -> None
     assert sorted(int(8 * time) for time in made.times.tolist()) == list(range(8))
 
 
+def test_layers_share_a_global_batch_evenly_and_hide_what_lies_behind_them(tiny: Tiny) -> None:
+    layers = ("order=layers", "objective=nelbo_layered", "p_group=0", "shuffle=false", "granularity=2")
+    made = task(tiny.prime, *(f"diffusion.{setting}" for setting in layers))
+    whole, part = made.batch(np.arange(8), 0).masked, made.batch(np.array([6, 3]), 0).masked
+    assert whole is not None and whole.layer is not None and part is not None
+    assert abs(int((whole.layer == 0).sum()) - 4) <= 1  # stratified times, from a random start
+    assert whole.mask[whole.layer == 0][..., 1].all() and not whole.mask[whole.layer == 1][..., 0].any()
+    assert torch.equal(part.mask, whole.mask[[6, 3]])
+
+
 def test_a_random_length_is_that_of_the_step_on_every_rank(tiny: Tiny) -> None:
     made = task(tiny.prime, "diffusion.random_length_probability=1.0")
     lengths = {
