@@ -11,6 +11,7 @@ masked models a forward a token, is done there alone.
 """
 
 import hashlib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -232,7 +233,24 @@ class HarnessModel(TemplateLM):
         return [score.value for score in self._score(wanted, "loglikelihood_rolling", disable_tqdm)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        raise NotImplementedError
+        """The text that continues each request, up to the first of its stop strings. Never cached: it may be drawn."""
+        from llm.evals.generation import continue_texts  # pyright: ignore[reportMissingImports]
+
+        del disable_tqdm
+        alike: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            settings: Any = request.args[-1]
+            alike[json.dumps(settings, sort_keys=True)].append(i)
+        texts = [""] * len(requests)
+        for text, members in alike.items():
+            options = json.loads(text)
+            until = options.pop("until", [])
+            until = [until] if isinstance(until, str) else until
+            prompts = [str(requests[i].args[0]) for i in members]
+            found = continue_texts(self.scorable, prompts, until, self.generation, options)
+            for i, continued in zip(members, found, strict=True):
+                texts[i] = continued
+        return texts
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         raise ConfigError(

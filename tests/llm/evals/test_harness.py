@@ -4,8 +4,10 @@ import math
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -196,6 +198,32 @@ def test_scores_are_those_of_the_harness_own_model_on_the_same_weights(kind: str
         texts = instances([("the cat sat on the mat " * 6,), ("a dog",)], "loglikelihood_rolling")
         rolled = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
         assert model.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(rolled, rel=1e-6)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_continued_in_groups_of_equal_settings_and_come_back_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[list[str], list[str], dict[str, Any]]] = []
+
+    def continue_texts(_: Any, prompts: list[str], until: list[str], config: Any, options: dict) -> list[str]:
+        assert config == "config"
+        calls.append((prompts, until, options))
+        return [prompt.upper() for prompt in prompts]
+
+    monkeypatch.setitem(sys.modules, "llm.evals.generation", SimpleNamespace(continue_texts=continue_texts))
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, settings), idx=0)
+        for prompt, settings in [
+            ("a", {"until": ["x"], "max_gen_toks": 3}),
+            ("b", {"until": "y"}),
+            ("c", {"max_gen_toks": 3, "until": ["x"]}),
+        ]
+    ]
+    assert HarnessModel(tiny("ar"), generation="config").generate_until(requests) == ["A", "B", "C"]
+    assert calls == [(["a", "c"], ["x"], {"max_gen_toks": 3}), (["b"], ["y"], {})]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
