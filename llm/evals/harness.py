@@ -11,7 +11,6 @@ masked models a forward a token, is done there alone.
 """
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -233,24 +232,13 @@ class HarnessModel(TemplateLM):
         return [score.value for score in self._score(wanted, "loglikelihood_rolling", disable_tqdm)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text that continues each request, up to the first of its stop strings. Never cached: it may be drawn."""
-        from llm.evals.generation import continue_texts  # pyright: ignore[reportMissingImports]
+        """What follows each prompt, up to the first of its stop strings. Never cached: it may be drawn."""
+        from llm.evals.generation import GenerationConfig, generate_until  # pyright: ignore[reportMissingImports]
 
-        del disable_tqdm
-        alike: dict[str, list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            settings: Any = request.args[-1]
-            alike[json.dumps(settings, sort_keys=True)].append(i)
-        texts = [""] * len(requests)
-        for text, members in alike.items():
-            options = json.loads(text)
-            until = options.pop("until", [])
-            until = [until] if isinstance(until, str) else until
-            prompts = [str(requests[i].args[0]) for i in members]
-            found = continue_texts(self.scorable, prompts, until, self.generation, options)
-            for i, continued in zip(members, found, strict=True):
-                texts[i] = continued
-        return texts
+        pairs: list[Any] = [request.args for request in requests]
+        config = GenerationConfig() if self.generation is None else self.generation
+        with tqdm(total=len(pairs), desc="generate_until", disable=disable_tqdm or self.rank != 0) as bar:
+            return generate_until(self.scorable, pairs, config, add_bos=self.scoring.add_bos, progress=bar.update)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         raise ConfigError(

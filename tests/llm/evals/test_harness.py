@@ -203,27 +203,19 @@ def test_scores_are_those_of_the_harness_own_model_on_the_same_weights(kind: str
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
-def test_texts_are_continued_in_groups_of_equal_settings_and_come_back_in_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[tuple[list[str], list[str], dict[str, Any]]] = []
+def test_texts_are_continued_with_what_each_request_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate_until(_: Any, pairs: list[Any], config: Any, *, add_bos: bool, progress: Any) -> list[str]:
+        assert (config, add_bos) == ("config", False)
+        progress(len(pairs))
+        return [prompt.upper() + settings["until"] for prompt, settings in pairs]
 
-    def continue_texts(_: Any, prompts: list[str], until: list[str], config: Any, options: dict) -> list[str]:
-        assert config == "config"
-        calls.append((prompts, until, options))
-        return [prompt.upper() for prompt in prompts]
-
-    monkeypatch.setitem(sys.modules, "llm.evals.generation", SimpleNamespace(continue_texts=continue_texts))
+    generation = SimpleNamespace(generate_until=generate_until, GenerationConfig=lambda: "config")
+    monkeypatch.setitem(sys.modules, "llm.evals.generation", generation)
     requests = [
-        Instance(request_type="generate_until", doc={}, arguments=(prompt, settings), idx=0)
-        for prompt, settings in [
-            ("a", {"until": ["x"], "max_gen_toks": 3}),
-            ("b", {"until": "y"}),
-            ("c", {"max_gen_toks": 3, "until": ["x"]}),
-        ]
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, {"until": stop}), idx=0)
+        for prompt, stop in [("a", "x"), ("b", "y")]
     ]
-    assert HarnessModel(tiny("ar"), generation="config").generate_until(requests) == ["A", "B", "C"]
-    assert calls == [(["a", "c"], ["x"], {"max_gen_toks": 3}), (["b"], ["y"], {})]
+    assert HarnessModel(tiny("ar"), ScoringConfig(add_bos=False)).generate_until(requests) == ["Ax", "By"]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
