@@ -128,7 +128,7 @@ def draw_starts(loss: Array, count: int, seed: int) -> Array:
 
 
 def allocate(surface: Surface, flops: float, flops_per_product: float | Callable[[float], float] = 6.0) -> Allocation:
-    """The best N and D with flops = k N D. k: a constant, or a function of N for rules that charge head or attention."""
+    """The best N and D with flops = k N D. k: a constant, or a function of N where head or attention is charged."""
     a, b = surface.size_exponent, surface.token_exponent
     if callable(flops_per_product):
         rule = flops_per_product
@@ -155,7 +155,7 @@ def _centred(starts: Array, centre: Array) -> Array:
 
 
 def _descend(init: Array, log_n: Array, log_d: Array, log_loss: Array) -> tuple[float, Array]:
-    """Objective and parameters where L-BFGS-B ends. It is scaled, as the stopping rule is absolute for values below 1."""
+    """Objective and parameters where L-BFGS-B ends. Scaled, as the stopping rule is absolute for values below 1."""
 
     def scaled(theta: Array) -> tuple[float, Array]:
         value, gradient = huber_objective(theta, log_n, log_d, log_loss)
