@@ -80,7 +80,7 @@ def isoflop(plt: Any, laws: Sequence[Law]) -> Any:
         _size_ticks(plt, axis.xaxis)
     handles = [plt.Line2D([], [], marker="o", color=shades[b], label=f"{b:.2g} FLOPs") for b in budgets]
     handles.append(plt.Line2D([], [], marker="*", color="grey", linestyle="", markersize=9, label="minimum"))
-    axes[0].legend(handles=handles)
+    figure.legend(handles=handles, loc="outside right upper")
     return figure
 
 
@@ -130,6 +130,7 @@ def bounds(plt: Any, results: Sequence[Result]) -> Any:
     several = [f for f in families if len({n for r in results if r.point.family == f for n in r.estimates}) > 1]
     joint = [f for f in families if any(r.joint for r in results if r.point.family == f)]
     figure, axes = _panels(plt, max(1, len(several) + bool(joint)))
+    spent = np.array([result.point.budget for result in results])
     for axis, family in zip(axes, several, strict=False):
         for name in names:
             if any(name in r.estimates for r in results if r.point.family == family):
@@ -141,6 +142,7 @@ def bounds(plt: Any, results: Sequence[Result]) -> Any:
                 style = {**_style(names.index(name)), "markersize": 4}
                 beside = budgets * 1.03 ** names.index(name)  # error bars of equal values stay visible
                 axis.errorbar(beside, points.loss[best], yerr=2 * points.standard_error[best], label=name, **style)
+        axis.set_xlim(spent.min() / 2, spent.max() * 2)
         axis.set(xscale="log", title=family, xlabel="training compute C (FLOPs)", ylabel=f"lowest value ({NATS})")
         axis.legend()
     if joint:
@@ -157,7 +159,7 @@ def bounds(plt: Any, results: Sequence[Result]) -> Any:
             xscale="log", title="loss_ce_joint: no likelihood, not comparable", xlabel="training compute C (FLOPs)"
         )
         axis.set_ylabel("loss_ce_joint (nats)")
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right lower", title="loss_ce_joint")
     return figure
 
 
@@ -183,18 +185,17 @@ def _panels(plt: Any, count: int) -> tuple[Any, list[Any]]:
 
 
 def _size_ticks(plt: Any, axis: Any) -> None:
-    """50k, 2M: numbers of parameters at 1, 2 and 5 of each decade."""
-    axis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    """30k, 1M: numbers of parameters at 1 and 3 of each decade."""
+    axis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 3)))
     axis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
     axis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
 
 
 def _plain_ticks(plt: Any, axis: Any) -> None:
-    """Losses span less than a decade, where a logarithmic axis would show no number."""
-    for kind in ("major", "minor"):
-        getattr(axis, f"set_{kind}_formatter")(
-            plt.matplotlib.ticker.FormatStrFormatter("%.2g" if kind == "major" else "%.1f")
-        )
+    """Losses span less than a decade, where a logarithmic axis would show next to no number."""
+    axis.set_major_locator(plt.matplotlib.ticker.MaxNLocator(7))
+    axis.set_major_formatter(plt.matplotlib.ticker.ScalarFormatter())
+    axis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
 
 
 def _style(index: int) -> dict[str, Any]:
