@@ -1,0 +1,106 @@
+"""From the results of a study to the laws of each family, under one valid bound at a time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from launch.errors import DataError
+from llm.diffusion.likelihood import ValidName
+from llm.scaling.bootstrap import bootstrap, isoflop_values
+from llm.scaling.isoflop import Array, IsoFlop, Points, fit_isoflop
+from llm.scaling.point import Result
+from llm.scaling.surface import Method, Surface, fit_surface
+
+FIRST_BOUNDS = ("nll_ar", "nelbo_token", "nelbo_subtoken")  # comparable between families first
+FEWEST_POINTS = 6  # for a surface: one more than it has parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRule:
+    """FLOPs of a product N D: 6 + excess N^-power for rules that charge head and attention, a constant for others."""
+
+    constant: float
+    excess: float = 0.0
+    power: float = 0.0
+
+    def __call__(self, parameters: float) -> float:
+        return self.constant + self.excess * parameters**-self.power
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """All that is known of one family under one bound."""
+
+    family: str
+    points: Points
+    isoflop: IsoFlop
+    surface: Surface | None  # None for too few points
+    cost: CostRule  # of the ladder
+    budgets: Array  # [B] all nominal budgets
+    replicates: Array  # [R, 3 B + 6], `isoflop_values` of the bootstrap
+
+    @property
+    def bound(self) -> str:
+        return self.points.estimate
+
+
+def choose(results: Sequence[Result], bounds: Sequence[str] | None) -> list[tuple[str, str]]:
+    """(family, bound) to fit: every named bound that a family has, or one bound each. DataError if none is left."""
+    pairs = []
+    for family in dict.fromkeys(result.point.family for result in results):
+        mine = [result for result in results if result.point.family == family]
+        known = [name for name in (*FIRST_BOUNDS, *get_args(ValidName)) if any(name in r.estimates for r in mine)]
+        pairs += [(family, name) for name in (known[:1] if bounds is None else bounds) if name in known]
+    if not pairs:
+        raise DataError(f"no result holds an estimate named {', '.join(bounds or get_args(ValidName))}")
+    return pairs
+
+
+def gather(results: Sequence[Result], family: str, bound: str) -> Points:
+    """The points of a family that have the bound."""
+    rows = [
+        (r.point.budget, r.point.parameters, r.point.tokens, r.point.flops, found.nats_per_token, found.standard_error)
+        for r in results
+        if r.point.family == family and (found := r.estimates.get(bound)) is not None
+    ]
+    budgets, parameters, tokens, flops, loss, error = np.array(rows, dtype=np.float64).T
+    return Points(
+        estimate=bound,
+        budgets=budgets,
+        parameters=parameters,
+        tokens=tokens,
+        flops=flops,
+        loss=loss,
+        standard_error=error,
+    )
+
+
+def fit_law(results: Sequence[Result], family: str, bound: str, *, method: Method, draws: int, seed: int) -> Law:
+    """Fit what the points allow: parabolas from 3 sizes, power laws from 2 minima, a surface from 6 points."""
+    points = gather(results, family, bound)
+    budgets = np.unique(points.budgets)
+    enough = len(points) >= FEWEST_POINTS and len(budgets) > 1 and len(np.unique(points.parameters)) > 2
+    replicates = bootstrap(points, lambda p: isoflop_values(fit_isoflop(p), budgets), draws=draws, seed=seed)
+    surface = fit_surface(points.parameters, points.tokens, points.loss, method=method) if enough else None
+    return Law(
+        family=family,
+        points=points,
+        isoflop=fit_isoflop(points),
+        surface=surface,
+        cost=fit_cost(points),
+        budgets=budgets,
+        replicates=replicates,
+    )
+
+
+def fit_cost(points: Points) -> CostRule:
+    """The rule by which the ladder counted, as a function of N, from the points' own FLOPs."""
+    product = points.flops / (points.parameters * points.tokens)
+    excess = product - 6
+    if product.max() < 1.01 * product.min() or excess.min() <= 0:
+        return CostRule(constant=float(np.median(product)))
+    slope, level = np.polyfit(np.log(points.parameters), np.log(excess), 1)
+    return CostRule(constant=6.0, excess=math.exp(level), power=-float(slope))
