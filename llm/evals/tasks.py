@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
-from datasets import DatasetDict
+from datasets import Dataset
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
@@ -77,7 +77,7 @@ class Selection:
 class LocalTask(ConfigurableTask):
     """A definition of the harness with documents that are here already."""
 
-    def __init__(self, config: dict[str, Any], documents: DatasetDict) -> None:
+    def __init__(self, config: dict[str, Any], documents: dict[str, Dataset]) -> None:
         self._documents = documents
         super().__init__(config=config)
 
