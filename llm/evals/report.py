@@ -44,6 +44,11 @@ def write_results(folder: Path, results: Results) -> Path:
     return path
 
 
+def newest_results(folder: Path) -> dict[str, Any]:
+    """What `write_results` wrote last, without the samples."""
+    return json.loads(max(folder.glob("results_*.json")).read_text(encoding="utf-8"))
+
+
 def _as_harness_writes(sample: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {
         f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(values)}
