@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _unmask("eval", *runs, *limits)
     rows = [_summary(name, options.runs / name) for name in NAMES]
     table = format_table(rows)
-    tasks = _zero_shot(runs)
+    tasks = _zero_shot(runs, options.nproc)
     picture = draw(rows, options.runs)
     samples = "\n\n".join(f"### {TITLES[n]}\n\n{(options.runs / n / 'demo-samples.md').read_text()}" for n in NAMES)
     report = options.runs / "report.md"
@@ -96,13 +96,13 @@ def _train(name: str, run: Path, nproc: int, overrides: Sequence[str], *, kill: 
     _unmask("train", *config, "--nproc", str(nproc))
 
 
-def _zero_shot(runs: Sequence[str]) -> str:
+def _zero_shot(runs: Sequence[str], nproc: int) -> str:
     """A table of a few public tasks. Models this small are at chance: that is what the columns beside them show."""
     try:
         package_folder("eval")
     except DataError as error:
         return f"No zero-shot tasks: {error}."
-    _unmask("eval", *runs, "--tasks", ",".join(TASKS), "--limit", "100", "--draws", "16")
+    _unmask("eval", *runs, "--tasks", ",".join(TASKS), "--limit", "50", "--draws", "8", "--nproc", str(nproc))
     from llm.evals.report import format_table as format_tasks
     from llm.evals.report import newest_results
 

@@ -31,6 +31,21 @@ Samples = dict[str, list[dict[str, Any]]]
 """Of each task its documents in their order: doc_id, doc, arguments, responses, and the values of its metrics."""
 
 
+@contextmanager
+def untouched_random_states() -> Iterator[None]:
+    """The harness and its metrics draw from the global generators; give them back as they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
 def harness_model(
     scorable: Scorable, scoring: ScoringConfig, runtime: Runtime | None = None, cache: Path | None = None
 ) -> Any:
@@ -38,22 +53,14 @@ def harness_model(
     return HarnessModel(scorable, scoring, runtime=runtime, cache=cache)  # type: ignore[call-arg]
 
 
+@untouched_random_states()
 def run_tasks(model: Any, selection: Selection, runtime: Runtime, *, limit: int | None = None) -> dict[str, Any]:
     """Collective. Results of every task and group in the harness's layout, with `samples`; the same on every rank.
 
     limit: documents of each task, the first ones. Random states of python, numpy and torch are as before afterwards.
     """
     begin = time.time()
-    for task in selection.tasks.values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(_FEWSHOT_SEED)
-    mine = {
-        name: list(range(len(task.eval_docs))[:limit][runtime.rank :: runtime.world_size])
-        for name, task in selection.tasks.items()
-    }
-    with untouched_random_states():
-        parts = runtime.gather(runtime.together(lambda: _evaluate_alone(model, selection.tasks, mine)))
+    parts = runtime.gather(runtime.together(lambda: _evaluate_share(model, selection.tasks, runtime, limit)))
     model.barrier()  # adds up what the ranks have counted
     samples: Samples = {
         name: sorted((s for part in parts for s in part.get(name, [])), key=lambda s: (s["doc_id"], s["filter"]))
@@ -95,29 +102,20 @@ class _Alone(LM):
     loglikelihood = loglikelihood_rolling = generate_until = lambda *_: []  # type: ignore[assignment]
 
 
-def _evaluate_alone(model: Any, tasks: Mapping[str, Task], documents: Mapping[str, list[int]]) -> Samples:
-    chosen = {name: task for name, task in tasks.items() if documents[name]}
-    if not chosen:
+def _evaluate_share(model: Any, tasks: Mapping[str, Task], runtime: Runtime, limit: int | None) -> Samples:
+    """This rank's documents of each task. No collectives: ranks may have none, or need more time than others."""
+    numbers = {}
+    for name, task in tasks.items():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(_FEWSHOT_SEED)
+        if mine := list(range(len(task.eval_docs))[:limit][runtime.rank :: runtime.world_size]):
+            numbers[name] = mine
+    if not numbers:
         return {}
-    numbers = {name: documents[name] for name in chosen}
-    found = evaluate(lm=_Alone(model), task_dict={"tasks": chosen}, samples=numbers, bootstrap_iters=0)
-    assert found is not None
-    return found["samples"]  # type: ignore[return-value]
-
-
-@contextmanager
-def untouched_random_states() -> Iterator[None]:
-    """The harness and its metrics draw from the global generators; give them back as they were."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+    chosen: Any = {"tasks": {name: tasks[name] for name in numbers}}
+    found: Any = evaluate(lm=_Alone(model), task_dict=chosen, samples=numbers, bootstrap_iters=0)
+    return found["samples"]
 
 
 # --- from documents to figures ---------------------------------------------------------------------------------------
