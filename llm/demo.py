@@ -102,7 +102,7 @@ def _zero_shot(runs: Sequence[str], nproc: int) -> str:
         package_folder("eval")
     except DataError as error:
         return f"No zero-shot tasks: {error}."
-    _unmask("eval", *runs, "--tasks", ",".join(TASKS), "--limit", "50", "--draws", "8", "--nproc", str(nproc))
+    _unmask("eval", *runs, "--tasks", ",".join(TASKS), "--limit", "100", "--draws", "8", "--nproc", str(nproc))
     from llm.evals.report import format_table as format_tasks
     from llm.evals.report import newest_results
 

@@ -85,15 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _refuse(options, _ONLY_BOUNDS, "belongs to bounds on held-out blocks, which --tasks replaces")
     runtime = runtimes.start(timeout_seconds=_PATIENCE_S)
-    if options.tasks is None:
-        _evaluate_bounds(options, runtime)
-    else:
-        _need_harness()
-        from llm.evals.zero_shot import evaluate_models
+    try:
+        if options.tasks is None:
+            _evaluate_bounds(options, runtime)
+        else:
+            _need_harness()
+            from llm.evals.zero_shot import evaluate_models
 
-        evaluate_models(options, runtime)
-    runtime.barrier()
-    runtime.close()
+            evaluate_models(options, runtime)
+        runtime.barrier()
+    finally:
+        runtime.close()
     return EXIT_OK
 
 
