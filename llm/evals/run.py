@@ -94,12 +94,16 @@ class _Alone(LM):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.loglikelihood = model.loglikelihood
-        self.loglikelihood_rolling = model.loglikelihood_rolling
-        self.generate_until = model.generate_until
+        self._model = model
 
-    # The abstract methods that the constructor replaces.
-    loglikelihood = loglikelihood_rolling = generate_until = lambda *_: []  # type: ignore[assignment]
+    def loglikelihood(self, requests: Any) -> Any:
+        return self._model.loglikelihood(requests)
+
+    def loglikelihood_rolling(self, requests: Any) -> Any:
+        return self._model.loglikelihood_rolling(requests)
+
+    def generate_until(self, requests: Any) -> Any:
+        return self._model.generate_until(requests)
 
 
 def _evaluate_share(model: Any, tasks: Mapping[str, Task], runtime: Runtime, limit: int | None) -> Samples:
