@@ -27,6 +27,8 @@ ValidName = Literal["nelbo_subtoken", "nelbo_token", "nelbo_steps", "nll_chain",
 Estimator = Literal["E1", "E2"]
 Order = Literal["left_to_right", "confidence"]
 
+_CPU_READ_BYTES = 2**23  # of logits at a time: with no gradient to keep, those that stay in the cache are fastest
+
 Predict = Callable[[Tensor, Callable[[Tensor, Tensor, Tensor | None], Any]], Any]
 """(inputs, readout) -> readout(hidden [B, L, D], weight [V, D], bias): a backbone. Inputs: digits or (AR) tokens."""
 
@@ -350,7 +352,8 @@ def read_rows(predict: Predict, inputs: Tensor, index: Tensor, row_loss: RowLoss
 
     def readout(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         unweighted = torch.zeros(len(index), columns, device=hidden.device)  # only the values are wanted
-        return chunked_readout(hidden.flatten(0, 1)[index], weight, bias, row_loss, unweighted)[1]
+        rows = None if hidden.is_cuda else max(1, _CPU_READ_BYTES // (4 * len(weight)))
+        return chunked_readout(hidden.flatten(0, 1)[index], weight, bias, row_loss, unweighted, chunk_rows=rows)[1]
 
     return predict(inputs, readout)
 

@@ -150,18 +150,25 @@ class Questions:
         return torch.empty_like(answers).index_copy_(0, self.order, answers)
 
 
-def token_answers(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-    """float32 or better [q, 2]: -log p of `tokens` [q] under row `rows` [q] of the logits [p, V], and whether it is the
-    mode (1 or 0)."""
-    log_probs = logits.log_softmax(-1)
-    charges = -log_probs[rows, tokens]
-    return torch.stack([charges, (log_probs.argmax(-1)[rows] == tokens).to(charges.dtype)], dim=-1)
+def token_answers(logits: Tensor, rows: Tensor, tokens: Tensor, *, modes: bool) -> Tensor:
+    """float32 or better [q, 1]: -log p of `tokens` [q] under row `rows` [q] of the logits [p, V].
+
+    modes: [q, 2], the second column whether the token is the likeliest there (1 or 0).
+    """
+    charges = -logits.log_softmax(-1)[rows, tokens].unsqueeze(-1)
+    if not modes:
+        return charges
+    return torch.cat([charges, (logits.argmax(-1)[rows] == tokens).unsqueeze(-1)], dim=-1)
 
 
-def ask_tokens(predict: Predict, inputs: Tensor, asked: Questions) -> Tensor:
-    """float64 [Q, 2], in the order of asking: -log p of each token where the input [B, L, l] hides it wholly (or, for
-    causal models, does not show it yet), and whether it is the mode."""
-    return _ask(predict, inputs, asked, lambda logits, rows, which: token_answers(logits, rows, asked.tokens[which]))
+def ask_tokens(predict: Predict, inputs: Tensor, asked: Questions, *, modes: bool) -> Tensor:
+    """float64 [Q, 1], in the order of asking: -log p of each token where the input [B, L, l] hides it wholly (or, for
+    causal models, does not show it yet); with `modes` [Q, 2], as in `token_answers`."""
+
+    def charge(logits: Tensor, rows: Tensor, which: slice) -> Tensor:
+        return token_answers(logits, rows, asked.tokens[which], modes=modes)
+
+    return _ask(predict, inputs, asked, charge, columns=1 + modes)
 
 
 def ask_digits(predict: Predict, inputs: Tensor, asked: Questions, codec: Codec, *, joint: bool) -> Tensor:
@@ -186,7 +193,7 @@ def _ask(
     asked: Questions,
     charge: Callable[[Tensor, Tensor, slice], Tensor],
     *,
-    columns: int = 2,
+    columns: int,
 ) -> Tensor:
     answers = torch.zeros(len(asked.tokens), columns, dtype=torch.float64, device=inputs.device)
 

@@ -48,11 +48,11 @@ class Reader:
         if scorable.language is None:
             return _ask_huggingface(scorable.model, tokens, batch.real, batch.places, asked, self.temperature)
         if self.name is None or batch.hidden is None:
-            return regions.ask_tokens(self._predictor(batch), tokens.unsqueeze(-1), asked)
+            return regions.ask_tokens(self._predictor(batch), tokens.unsqueeze(-1), asked, modes=True)
         codec = scorable.language.codec
         inputs = masking.hide(codec.encode(tokens), batch.hidden.to(device), codec)
         if self.name in ("nelbo_token", "nll_chain"):
-            return regions.ask_tokens(self._predictor(batch), inputs, asked)
+            return regions.ask_tokens(self._predictor(batch), inputs, asked, modes=False)
         return regions.ask_digits(self._predictor(batch), inputs, asked, codec, joint=self.name == "loss_ce_joint")
 
     @torch.no_grad()
@@ -133,5 +133,5 @@ def _ask_huggingface(
         part = slice(start, start + chunk)
         which, local = asked.within(part, len(row[part]))
         chosen = logits[row[part], column[part]].float() / temperature  # [p, V]
-        answers[which] = regions.token_answers(chosen, local, asked.tokens[which]).double()
+        answers[which] = regions.token_answers(chosen, local, asked.tokens[which], modes=True).double()
     return asked.in_order_of_asking(answers)

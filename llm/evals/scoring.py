@@ -44,13 +44,13 @@ class ScoringConfig:
     guidance: float = 0.0  # w of un + (w + 1) (cond - un), un without the context; ranks options only, 0 is off
     temperature: float = 1.0  # divides the logits; ranks options only, 1 is off
     seed: int = 0  # of the masks
-    batch_tokens: int = 16384  # tokens of a forward pass, padding included; halved where memory is short
+    batch_tokens: int | None = None  # of a forward pass, padding included; null: 4096, or 32768 on a GPU
     max_length: int | None = None  # tokens of an input; null for what the model was trained with
     boundary: Literal["harness", "longest_prefix"] = "harness"  # context's end where a token straddles it
     add_bos: bool | None = None  # whether a text begins with BOS (or EOS); null as in the model's training
 
     def check(self, path: str = "scoring") -> None:
-        if self.draws < 1 or self.batch_tokens < 1:
+        if self.draws < 1 or (self.batch_tokens is not None and self.batch_tokens < 1):
             raise ConfigError(
                 f"{path}: draws = {self.draws}, batch_tokens = {self.batch_tokens}; both must be at least 1"
             )
@@ -151,6 +151,7 @@ def score_each(scorable: Scorable, requests: Sequence[Request], config: ScoringC
         guidance=config.guidance,
         temperature=config.temperature,
     )
+    batch_tokens = config.batch_tokens or (32768 if scorable.device.type == "cuda" else 4096)  # what fits its caches
     capacity = config.longest(scorable) + (1 if scorable.is_causal else 0)  # the last token is never an input
     ledger = _Ledger(len(requests))
     for i, request in enumerate(requests):
@@ -166,10 +167,10 @@ def score_each(scorable: Scorable, requests: Sequence[Request], config: ScoringC
         ledger.cut[i] = cut
 
     questions = list(ledger.questions)
-    greedy = _fill_greedily(reader, [q for q in questions if q in ledger.greedy], config.batch_tokens)
+    greedy = _fill_greedily(reader, [q for q in questions if q in ledger.greedy], batch_tokens)
     plan_of = _planner(reader, config)
     jobs = causal_jobs(questions) if scorable.is_causal else masked_jobs(questions, plan_of)
-    for pieces in batches(jobs, config.batch_tokens):
+    for pieces in batches(jobs, batch_tokens):
         for answer in distribute(pieces, reader.answers(pieces)):
             fills = answer.is_mode or greedy.get(questions[answer.question], False)
             yield from ledger.settle(questions[answer.question], answer, fills)
