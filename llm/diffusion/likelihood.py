@@ -27,6 +27,8 @@ ValidName = Literal["nelbo_subtoken", "nelbo_token", "nelbo_steps", "nll_chain",
 Estimator = Literal["E1", "E2"]
 Order = Literal["left_to_right", "confidence"]
 
+_CPU_READ_BYTES = 2**23  # of logits at a time: with no gradient to keep, those that stay in the cache are fastest
+
 Predict = Callable[[Tensor, Callable[[Tensor, Tensor, Tensor | None], Any]], Any]
 """(inputs, readout) -> readout(hidden [B, L, D], weight [V, D], bias): a backbone. Inputs: digits or (AR) tokens."""
 
@@ -47,16 +49,21 @@ class Draws:
     num_tokens: Tensor  # int64 [B]
     exact: bool = False
 
+    def variance(self) -> Tensor:
+        """float64 [B]: of each sequence's mean over its draws; 0 if exact, nan for a single draw.
+
+        On the safe side: draws that are stratified differ more from each other than their mean does from the truth.
+        """
+        draws = self.values.shape[1]
+        if self.exact or draws == 1:
+            return torch.full_like(self.values[:, 0], 0.0 if self.exact else torch.nan)
+        return self.values.var(-1) / draws
+
     def moments(self) -> Tensor:
         """float64 [7], to be added up over batches and ranks before `estimate` reads them."""
         values, tokens = self.values.mean(-1), self.num_tokens.double()
-        draws = self.values.shape[1]
-        if self.exact or draws == 1:
-            spread = torch.full_like(values, 0.0 if self.exact else torch.nan)
-        else:
-            spread = self.values.var(-1) / draws
         one = torch.ones_like(values)
-        columns = [one, values, tokens, values * values, values * tokens, tokens * tokens, spread]
+        columns = [one, values, tokens, values * values, values * tokens, tokens * tokens, self.variance()]
         return torch.stack(columns).sum(-1)
 
     def estimate(self) -> "Estimate | JointLoss":
@@ -244,6 +251,24 @@ def nll_chain(
     )
 
 
+def fills_greedily(predict: Predict, tokens: Tensor, codec: Codec, *, scored: Tensor) -> Tensor:
+    """bool [B]: whether the scored tokens are what filling in gives, one by one, the most confident mode first.
+
+    As many forward passes as the longest region has tokens; a sequence that has failed costs no more head.
+    """
+    hidden = scored.clone()
+    place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    agrees = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    while bool(hidden.any()):
+        charge, confidence = _whole_token_scores(predict, tokens, hidden, hidden, codec)
+        best = confidence.amax(-1, keepdim=True)
+        ties = hidden & (confidence == best)
+        chosen = place == torch.where(ties, place, tokens.shape[1]).amin(-1, keepdim=True)
+        agrees &= ~(chosen & (-charge < confidence)).any(-1)
+        hidden &= ~chosen & agrees.unsqueeze(-1)
+    return agrees
+
+
 def nll_ar(predict: Predict, tokens: Tensor, *, bos: int, scored: Tensor | None = None) -> Draws:
     """Exact: the autoregressive model's own chain rule, every token scored, the first after `bos`."""
     selected = torch.ones_like(tokens, dtype=torch.bool) if scored is None else scored
@@ -253,7 +278,7 @@ def nll_ar(predict: Predict, tokens: Tensor, *, bos: int, scored: Tensor | None 
     def row_loss(logits: Tensor, rows: slice) -> Tensor:
         return torch.nn.functional.cross_entropy(logits, targets[rows], reduction="none").unsqueeze(-1)
 
-    values = _read(predict, ar_inputs(tokens, bos=bos), index, row_loss)
+    values = read_rows(predict, ar_inputs(tokens, bos=bos), index, row_loss)
     nats = _sum_by_sequence(values[:, 0], index, tokens)
     return Draws(
         name="nll_ar", estimator="exact", values=nats.unsqueeze(-1), num_tokens=_count(tokens, scored), exact=True
@@ -272,7 +297,7 @@ def digit_nll(predict: Predict, tokens: Tensor, mask: Tensor, codec: Codec, *, c
         _, log_digits = groups.true_log_probs(logits, revealed, at.tokens[rows], codec)
         return -torch.where(at.mask[rows], log_digits, 0.0).sum(-1, keepdim=True)
 
-    values = _read(predict, masking.hide(codec.encode(tokens), mask, codec), at.index, row_loss)
+    values = read_rows(predict, masking.hide(codec.encode(tokens), mask, codec), at.index, row_loss)
     return _sum_by_sequence(values[:, 0], at.index, tokens)
 
 
@@ -284,7 +309,7 @@ def token_nll(predict: Predict, tokens: Tensor, mask: Tensor, codec: Codec, *, c
         revealed = None if at.revealed is None else at.revealed[rows]
         return -groups.token_log_prob(logits, revealed, at.tokens[rows], codec).unsqueeze(-1)
 
-    values = _read(predict, masking.hide(codec.encode(tokens), mask, codec), at.index, row_loss)
+    values = read_rows(predict, masking.hide(codec.encode(tokens), mask, codec), at.index, row_loss)
     return _sum_by_sequence(values[:, 0], at.index, tokens)
 
 
@@ -297,7 +322,7 @@ def group_nll(predict: Predict, tokens: Tensor, mask: Tensor, group: Tensor, cod
     def row_loss(logits: Tensor, rows: slice) -> Tensor:
         return -groups.group_log_prob(logits, revealed[rows], at.tokens[rows], members[rows], codec).unsqueeze(-1)
 
-    values = _read(predict, masking.hide(codec.encode(tokens), mask, codec), at.index, row_loss)
+    values = read_rows(predict, masking.hide(codec.encode(tokens), mask, codec), at.index, row_loss)
     return _sum_by_sequence(values[:, 0], at.index, tokens)
 
 
@@ -314,7 +339,7 @@ def _whole_token_scores(
         return torch.cat([-true, log_probs.amax(-1, keepdim=True)], dim=-1)
 
     inputs = masking.hide(codec.encode(tokens), hidden.unsqueeze(-1), codec)
-    values = _read(predict, inputs, index, row_loss, columns=2).double()
+    values = read_rows(predict, inputs, index, row_loss, columns=2).double()
     charge = torch.zeros(tokens.numel(), dtype=torch.float64, device=tokens.device)
     confidence = torch.full_like(charge, -torch.inf)
     charge[index], confidence[index] = values[:, 0], values[:, 1]
@@ -322,12 +347,13 @@ def _whole_token_scores(
 
 
 @torch.no_grad()
-def _read(predict: Predict, inputs: Tensor, index: Tensor, row_loss: RowLoss, *, columns: int = 1) -> Tensor:
+def read_rows(predict: Predict, inputs: Tensor, index: Tensor, row_loss: RowLoss, *, columns: int = 1) -> Tensor:
     """[P, columns]: row_loss of the logits at the flattened positions `index` [P], chunk by chunk in the forward."""
 
     def readout(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         unweighted = torch.zeros(len(index), columns, device=hidden.device)  # only the values are wanted
-        return chunked_readout(hidden.flatten(0, 1)[index], weight, bias, row_loss, unweighted)[1]
+        rows = None if hidden.is_cuda else max(1, _CPU_READ_BYTES // (4 * len(weight)))
+        return chunked_readout(hidden.flatten(0, 1)[index], weight, bias, row_loss, unweighted, chunk_rows=rows)[1]
 
     return predict(inputs, readout)
 
@@ -347,17 +373,32 @@ def _monte_carlo(
     columns = []
     for draw in range(draws):
         uniform = noise(draw, 1 + tokens.shape[1] * per_token)
-        unit_noise = uniform[:, 1:].view(*tokens.shape, per_token)
-        if estimator == "E2":
-            count = masking.stratified_count(uniform[:, 0], draw, draws, units)
-            mask = masking.fixed_count_mask(unit_noise, count, maskable=scored)
-            weight = units / count.clamp(min=1)
-        else:
-            times = ((draw + uniform[:, 0].double()) / draws).clamp(min=SMALLEST_TIME)
-            mask = masking.random_mask(unit_noise, times, maskable=scored)
-            weight = 1.0 / times
+        mask, weight = weighted_mask(uniform, units, draw, draws, estimator, per_token=per_token, scored=scored)
         columns.append(weight * cost(mask))
     return torch.stack(columns, dim=-1)
+
+
+def weighted_mask(
+    uniform: Tensor,
+    units: Tensor,
+    draw: int | Tensor,
+    draws: int,
+    estimator: Estimator,
+    *,
+    per_token: int,
+    scored: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """bool [B, L, per_token]: what one draw of each row hides, and float64 [B]: the weight of its charge.
+
+    uniform [B, 1 + L * per_token]; units int64 [B]: how many may be hidden. draw: which of the `draws` strata, for all
+    rows or int64 [B].
+    """
+    unit_noise = uniform[:, 1:].unflatten(1, (-1, per_token))
+    if estimator == "E2":
+        count = masking.stratified_count(uniform[:, 0], draw, draws, units)
+        return masking.fixed_count_mask(unit_noise, count, maskable=scored), units / count.clamp(min=1).double()
+    times = ((draw + uniform[:, 0].double()) / draws).clamp(min=SMALLEST_TIME)
+    return masking.random_mask(unit_noise, times, maskable=scored), 1.0 / times
 
 
 def _sum_by_sequence(values: Tensor, index: Tensor, tokens: Tensor) -> Tensor:

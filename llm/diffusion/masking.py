@@ -66,8 +66,11 @@ def fixed_count_mask(noise: Tensor, count: Tensor, *, maskable: Tensor | None = 
     return (ranks < count.unsqueeze(-1)).view(noise.shape)
 
 
-def stratified_count(noise: Tensor, draw: int, draws: int, units: Tensor) -> Tensor:
-    """int64 [B]: uniform on {1..units[b]} over the `draws` draws of a sequence together, one draw in each stratum."""
+def stratified_count(noise: Tensor, draw: int | Tensor, draws: int, units: Tensor) -> Tensor:
+    """int64 [B]: uniform on {1..units[b]} over the `draws` draws of a sequence together, one draw in each stratum.
+
+    draw: which of them, for all rows or int64 [B].
+    """
     uniform = (draw + noise.double()) / draws
     return torch.minimum((uniform * units).long() + 1, units)
 

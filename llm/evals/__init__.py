@@ -1,0 +1,1 @@
+"""Numbers that can be compared: zero-shot tasks, perplexities and texts of any language model, by one set of rules."""
