@@ -62,7 +62,7 @@ class MaskedFiller:
         self.model, self.language, self.config, self.seed = scorable.model, scorable.language, config, seed
 
     def fill(self, texts: Texts, begin: int, end: int) -> Tensor:
-        """int64 [B, L]: the tokens with numbers begin..end - 1 behind each prompt filled in, as far as there is room."""
+        """int64 [B, L]: with tokens begin..end - 1 behind each prompt filled in, as far as there is room."""
         language, codec, number = self.language, self.language.codec, texts.numbers()
         room = number < texts.room.unsqueeze(1)
         now = room & (number >= begin) & (number < end)

@@ -14,7 +14,7 @@ from llm.data.tokenizers import TextTokenizer
 from llm.diffusion import sampler
 from llm.diffusion.codec import build_codec
 from llm.evals import generation
-from llm.evals.filling import MaskedFiller, Texts
+from llm.evals.filling import MaskedFiller, Texts, _draw
 from llm.evals.generation import GenerationConfig, continue_texts, generate_until, read_arguments
 from llm.evals.models import Scorable
 from tests.llm.evals.oracles import known, tiny, tiny_huggingface, tokenizer
@@ -72,7 +72,7 @@ def test_every_step_of_every_block_is_one_pass_and_fixes_the_tokens_of_the_sched
     model = writer(words, tokens, "the cat")
     config = GenerationConfig(length=12, block_length=block_length, steps=steps)
     continue_texts(model, ["the cat"], [], config)
-    seen = model.model.seen  # type: ignore[attr-defined]
+    seen: list[Tensor] = model.model.seen  # type: ignore[assignment]
     blocks = 12 // block_length
     assert len(seen) == steps * blocks
     mask = model.language.codec.mask_symbol  # type: ignore[union-attr]
@@ -113,7 +113,7 @@ def test_blocks_after_the_end_are_never_computed_and_change_nothing(family: str,
         model = writer(words, tokens, "the cat", family=family)
         config = GenerationConfig(length=length, block_length=block_length)
         texts[name] = continue_texts(model, ["the cat"], until, config)
-        passes[name] = len(model.model.seen)  # type: ignore[attr-defined]
+        passes[name] = len(model.model.seen)  # type: ignore[arg-type]
     assert texts["blocks"] == texts["whole"]
     assert passes["blocks"] < passes["whole"] // 2
 
@@ -140,8 +140,6 @@ def test_blocks_one_by_one_are_the_sampler_in_blocks(family: str, temperature: f
             return torch.nn.functional.linear(hidden[where], weight, bias)
 
         return model.model(language.inputs(digits), logits, attention_mask=real)
-
-    from llm.evals.filling import _draw
 
     start = language.codec.encode(texts.tokens).masked_fill(room.unsqueeze(-1), language.codec.mask_symbol)
     theirs = sampler.sample(
@@ -298,10 +296,10 @@ def test_guidance_hides_the_prompt_and_not_what_was_written(family: str) -> None
 
 
 def test_guidance_of_a_causal_model_and_impossible_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="generation.guidance = 0.5"):
+    with pytest.raises(ConfigError, match=r"generation\.guidance = 0\.5"):
         continue_texts(tiny("ar"), ["a"], [], GenerationConfig(guidance=0.5))
     for changes in ({"length": 0}, {"block_length": 0}, {"steps": 0}, {"temperature": -1.0}, {"guidance": -0.5}):
-        with pytest.raises(ConfigError, match=f"generation.{next(iter(changes))} = "):
+        with pytest.raises(ConfigError, match=rf"generation\.{next(iter(changes))} = "):
             GenerationConfig(**changes).check()  # type: ignore[arg-type]
 
 
