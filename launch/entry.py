@@ -188,7 +188,7 @@ def _run(config: Experiment, make_task: MakeTask, watchdog: Watchdog) -> int:
             code = trainer.fit()
     with watchdog.phase(trainer.progress.step, "report"):
         metrics.close()
-        if code == EXIT_OK and runtime.is_main:
+        if code == EXIT_OK and runtime.is_main and config.metrics.report:
             print(f"report: {write_report(folder, task.report_sections(folder))}", flush=True)
         # before the barrier: what a launcher does to the last ranks is its business
         record_exit(folder, runtime.rank, code)

@@ -51,6 +51,7 @@ _PEAK_FLOPS = (
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
+    report: bool = True  # write RUN/report.md and its pictures at the end
     tensorboard: bool = True  # write RUN/tb for TensorBoard
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; offline keeps its files in RUN/wandb
     wandb_project: str = "unmask"  # the project that Weights & Biases shows the run under

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,8 @@ class JobRecord:
     nodes: int
     launcher: str
     processes_per_node: int
-    points: tuple[
-        str, ...
-    ] = ()  # overrides of each point, in a sweep's own folder; its points are in point-0, point-1...
+    points: tuple[str, ...] = ()  # overrides of each point, in a sweep's own folder
+    runs: tuple[str, ...] = ()  # its points, below that folder; empty for point-0, point-1...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,52 +270,85 @@ def submit(argv: Sequence[str]) -> int:
     array = None
     if options.array:
         array = f"0-{len(runs) - 1}" + (f"%{options.at_once}" if options.at_once else "")
-    pattern = str(folder).replace("%", "%%")
-    script = render(
-        TEMPLATE.read_text(),
-        cluster,
+    sweep = Sweep(
+        folder=folder,
+        runs=runs,
+        configurations=trees,
         name=str((trees[0].get("run") or {}).get("name") or folder.name),
         module=module,
-        runs=runs,
-        log=Path(pattern, *(["point-%a"] if array else []), "job.log"),
+        log="point-%a/job.log" if options.array else "job.log",
         array=array,
+        points=tuple(" ".join(point) for point in points),
     )
+    script = sweep.script(cluster)
     if not (options.dry_run or options.check):
         refuse_if_active(folder)  # before the check, which takes seconds; and again below, when nobody else submits
     world = cluster.nodes * cluster.processes_per_node
-    print(_check_configurations(module, options.config, overrides, world), file=sys.stderr)
+    print(check_configurations(module, [[str(options.config), *o] for o in overrides], world), file=sys.stderr)
     if options.dry_run:
         print(script, end="")
         return EXIT_OK
     if options.check:
         print(call(["sbatch", "--test-only"], script=script).strip())
         return EXIT_OK
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder):
-        refuse_if_active(folder)
-        for run, tree in zip(runs, trees, strict=True):
-            run.mkdir(exist_ok=True)
-            _replace(run / "job.yaml", yaml.safe_dump(tree, sort_keys=False, width=120))
-        _replace(folder / "job.sbatch", script)
-        job_id = call(["sbatch", "--parsable", str(folder / "job.sbatch")]).strip().partition(";")[0]
-        record = JobRecord(
-            job_id=job_id,
-            submitted=time.time(),
-            cluster=str(options.cluster),
-            nodes=cluster.nodes,
-            launcher=cluster.launcher,
-            processes_per_node=cluster.processes_per_node,
-        )
-        if array:
-            for i, run in enumerate(runs):
-                _write_record(run, JobRecord(**{**asdict(record), "job_id": f"{job_id}_{i}"}))
-            record = JobRecord(**{**asdict(record), "points": tuple(" ".join(point) for point in points)})
-        _write_record(folder, record)
+    job_id = sweep.submit(cluster, profile=options.cluster)
     shown = os.path.relpath(folder)
     shown = str(folder) if shown.startswith("..") else shown
     print(f"job {job_id}: {len(runs)} run{'s' * (len(runs) > 1)} in {shown}; see: unmask status {shlex.quote(shown)}")
     return EXIT_OK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """One job and its runs: a single one, or one for each task of an array."""
+
+    folder: Path  # absolute; of the only run, or the folder that the runs of an array share
+    runs: Sequence[Path]  # absolute
+    configurations: Sequence[dict[str, Any]]  # of each run, to become its job.yaml
+    name: str
+    module: str  # what the ranks run, for example llm.train
+    log: str  # below `folder`; %a is the number of a task, %A the id of the array
+    array: str | None = None  # as sbatch writes it, for example 0-3%2; None for a single run
+    points: tuple[str, ...] = ()  # what distinguishes the runs of an array, in words
+    below: tuple[str, ...] = ()  # the runs below `folder`, where they are not point-0, point-1...
+
+    def script(self, cluster: Cluster) -> str:
+        log = Path(str(self.folder).replace("%", "%%"), self.log)
+        return render(
+            TEMPLATE.read_text(),
+            cluster,
+            name=self.name,
+            module=self.module,
+            runs=self.runs,
+            log=log,
+            array=self.array,
+        )
+
+    def submit(self, cluster: Cluster, *, profile: Path) -> str:
+        """Write what the job reads, hand it to SLURM, and remember its id in every folder; returns that."""
+        script = self.script(cluster)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(self.folder):
+            refuse_if_active(self.folder)
+            for run, tree in zip(self.runs, self.configurations, strict=True):
+                run.mkdir(parents=True, exist_ok=True)
+                _replace(run / "job.yaml", yaml.safe_dump(tree, sort_keys=False, width=120))
+            _replace(self.folder / "job.sbatch", script)
+            job_id = call(["sbatch", "--parsable", str(self.folder / "job.sbatch")]).strip().partition(";")[0]
+            record = JobRecord(
+                job_id=job_id,
+                submitted=time.time(),
+                cluster=str(profile),
+                nodes=cluster.nodes,
+                launcher=cluster.launcher,
+                processes_per_node=cluster.processes_per_node,
+            )
+            if self.array:
+                for i, run in enumerate(self.runs):
+                    _write_record(run, replace(record, job_id=f"{job_id}_{i}"))
+                record = replace(record, points=self.points, runs=self.below)
+            _write_record(self.folder, record)
+        return job_id
 
 
 def grid(arrays: Sequence[str]) -> list[tuple[str, ...]]:
@@ -338,7 +370,7 @@ def grid(arrays: Sequence[str]) -> list[tuple[str, ...]]:
 
 def refuse_if_active(folder: Path) -> None:
     """`ClusterError` with the job's id if this run, or a point of this sweep, is in the queue."""
-    ids = [job_of(run) for run in (folder, *sorted(folder.glob("point-*")))]
+    ids = [job_of(run) for run in (folder, *points_of(folder))]
     for job in queued([job_id for job_id in ids if job_id is not None])[:1]:
         raise ClusterError(
             f"{folder} is job {job.job_id} already ({job.state}); wait for it, or end it: unmask cancel "
@@ -346,11 +378,14 @@ def refuse_if_active(folder: Path) -> None:
         )
 
 
-def _check_configurations(module: str, config: Path, overrides: Sequence[Sequence[str]], world: int) -> str:
-    """Plan every run as its ranks would, but here: a wrong key must not wait a day in the queue."""
+def check_configurations(module: str, arguments: Sequence[Sequence[str]], world: int) -> str:
+    """Plan every run as its ranks would, but here: a wrong key must not wait a day in the queue.
+
+    `arguments`: of each run's module, the configuration first. The plan of the first run is returned.
+    """
 
     def plan(one: Sequence[str]) -> str:
-        command = [sys.executable, "-m", module, str(config), *one, "--dry-run", "--gpus", str(world)]
+        command = [sys.executable, "-m", module, *one, "--dry-run", "--gpus", str(world)]
         done = subprocess.run(command, text=True, capture_output=True, env=_outside_of_jobs(os.environ), check=False)
         if done.returncode == EXIT_USER_ERROR:
             raise ConfigError(done.stderr.strip().rpartition("error: ")[2])
@@ -359,7 +394,7 @@ def _check_configurations(module: str, config: Path, overrides: Sequence[Sequenc
         return done.stdout.rstrip()
 
     with concurrent.futures.ThreadPoolExecutor(_PARALLEL_CHECKS) as pool:
-        return [*pool.map(plan, overrides)][0]  # noqa: RUF015 (all of them must be heard)
+        return [*pool.map(plan, arguments)][0]  # noqa: RUF015 (all of them must be heard)
 
 
 @contextlib.contextmanager
@@ -380,7 +415,14 @@ def read_record(run: Path) -> JobRecord | None:
     if not path.exists():
         return None
     fields = json.loads(path.read_text())
-    return JobRecord(**{**fields, "points": tuple(fields["points"])})
+    return JobRecord(**{**fields, "points": tuple(fields["points"]), "runs": tuple(fields.get("runs", ()))})
+
+
+def points_of(folder: Path) -> list[Path]:
+    """The runs of the sweep in `folder`; none if it is no sweep."""
+    if (record := read_record(folder)) is not None and record.runs:
+        return [folder / run for run in record.runs]
+    return sorted(folder.glob("point-*"), key=lambda path: (len(path.name), path.name))
 
 
 def read_attempts(run: Path) -> list[Attempt]:

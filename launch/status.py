@@ -29,6 +29,7 @@ from launch.slurm import (
     final_state,
     has_slurm,
     job_of,
+    points_of,
     queued,
     read_attempts,
     read_record,
@@ -63,17 +64,17 @@ def main(argv: Sequence[str]) -> int:
     if run is not None and not run.is_dir():
         raise ConfigError(f"there is no run folder {run}; `unmask status` lists those in runs/")
     record = None if run is None else read_record(run)
-    if run is not None and not (record and record.points):
+    if run is not None and not (record and (record.points or record.runs)):
         print(run)
         for title, text in describe(run, states([run]).get(run), now=now):
             print(f"  {title:<10}  {text}")
         return EXIT_OK
     if run is None:
         folders = [path for path in sorted(Path("runs").glob("*")) if path.is_dir()]
-        points = [path for folder in folders for path in _points(folder)]
+        points = [path for folder in folders for path in points_of(folder)]
         runs = [path for path in sorted([*folders, *points]) if _is_run(path)]
     else:
-        runs = _points(run)
+        runs = points_of(run)
     if not runs:
         print("no runs here" if run is None else f"{run}: no points")
     found = states(runs)
@@ -242,10 +243,6 @@ def _total_steps(run: Path) -> int | None:
             steps = ((yaml.safe_load(path.read_text()) or {}).get("train") or {}).get("steps")
             return steps if isinstance(steps, int) else None
     return None
-
-
-def _points(folder: Path) -> list[Path]:
-    return sorted(folder.glob("point-*"), key=lambda path: (len(path.name), path.name))
 
 
 def _is_run(path: Path) -> bool:

@@ -7,19 +7,21 @@ keys of a YAML file, so that a wrong number is answered with the key that holds 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar, Literal, cast, get_args
 
 from launch.config import Count, unknown_key
 from launch.errors import ConfigError
 from launch.experiment import Experiment
 from llm.backbones import InputKind, InputSpec, ModelConfig, check_tensor_parallel, resolve_input_kind
+from llm.data.codes import read_code
 from llm.data.stream import DataConfig
 from llm.diffusion.codec import Codec, build_codec
 from llm.diffusion.likelihood import Order
 from llm.diffusion.objective import MaskedObjective, Name
 from llm.diffusion.sampler import SamplerConfig
 
-Bound = Literal["nelbo_token", "nelbo_subtoken", "nelbo_steps", "nll_chain"]
+Bound = Literal["nelbo_token", "nelbo_subtoken", "nelbo_layered", "nelbo_steps", "nll_chain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,18 @@ class DiffusionConfig:
 
     family: Literal["ar", "mdm", "prime"] = "prime"  # ar: left to right; mdm: whole tokens; prime: sub-tokens
     granularity: int = 1  # l, digits per token (prime); binary codes need ceil(log2 V)
+    code: str | None = None  # file of codes by similarity or frequency (unmask data code); null: token ids, or shuffled
     shuffle: bool = False  # give the tokens random codes (MDM-Prime-v2)
     shuffle_seed: int = 0  # of that permutation; kept with its hash in every checkpoint
     shuffle_scope: Literal["tokens", "all_codes"] = "tokens"  # permute the codes in use, or spread over all b**l codes
+    order: Literal["uniform", "layers"] = "uniform"  # digits in any order, or all first digits before any second one
     embedding: Literal["auto", InputKind] = "auto"  # how the digits of a token become one vector
-    objective: str = "nelbo_subtoken"  # ar, mdm, ce_joint, nelbo_subtoken, nelbo_token, or 0.5*ce_joint+0.5*nelbo_token
+    objective: str = (
+        "nelbo_subtoken"  # ar, mdm, ce_joint, nelbo_subtoken, nelbo_token, nelbo_layered, or 0.5*ce_joint+...
+    )
     carry_over_train: bool = True  # give no probability to tokens that contradict the visible digits
     p_group: float = 0.0  # share of sequences whose tokens are masked as a whole
+    p_group_final: float | None = None  # that share at the last step, to which it moves evenly; null: it stays
     chunk_point: float | None = None  # mask whole tokens at times above this; the released v2 recipe, no bound claimed
     t_min: float = 1e-3  # training weight is 1 / max(t, t_min); evaluation has no such limit
     time_sampling: Literal["stratified", "uniform"] = "stratified"  # one time per stratum of the global batch, or iid
@@ -47,11 +54,22 @@ class DiffusionConfig:
                 f"{path}.granularity = {self.granularity} does not go with {path}.family = {self.family}: prime has 2 "
                 "or more digits per token, ar and mdm have 1"
             )
-        for name in ("p_group", "random_length_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{path}.{name} = {getattr(self, name)}; a probability lies in [0, 1]")
+        for name in ("p_group", "p_group_final", "random_length_probability"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{path}.{name} = {value}; a probability lies in [0, 1]")
         if self.chunk_point is not None and not 0 <= self.chunk_point <= 1:
             raise ConfigError(f"{path}.chunk_point = {self.chunk_point}; a time lies in [0, 1], or null")
+        if self.code is not None and (self.shuffle or self.family != "prime"):
+            raise ConfigError(
+                f"{path}.code = {self.code} does not go with {path}.shuffle = {self.shuffle} and {path}.family = "
+                f"{self.family}: only prime has digits, and they come from a file or from a shuffle; leave one out"
+            )
+        if self.order == "layers" and self.chunk_point is not None:
+            raise ConfigError(
+                f"{path}.order = layers and {path}.chunk_point = {self.chunk_point} both say what is masked when; "
+                "leave one out"
+            )
         if not 0 < self.t_min < 1:
             raise ConfigError(f"{path}.t_min = {self.t_min}; need 0 < t_min < 1, for example 1e-3")
         if (self.family == "ar") != ("ar" in self.terms) or (self.family == "ar" and len(self.terms) > 1):
@@ -74,6 +92,16 @@ class DiffusionConfig:
                 ) from None
         return terms
 
+    @property
+    def draws_whole_tokens(self) -> bool:
+        """Whether some sequence, at some step, is masked by whole tokens because of `p_group`."""
+        return self.p_group > 0 or bool(self.p_group_final)
+
+    def group_share(self, progress: float) -> float:
+        """Share of sequences masked by whole tokens when this share of the steps is done."""
+        final = self.p_group if self.p_group_final is None else self.p_group_final
+        return self.p_group + (final - self.p_group) * progress
+
     def objective_for(self, codec: Codec) -> MaskedObjective:
         """The library's objective; `ConfigError` if its terms do not suit the masks that this section draws."""
         objective = MaskedObjective(
@@ -86,8 +114,9 @@ class DiffusionConfig:
         try:
             objective.check(
                 codec,
-                can_group=self.p_group > 0 or whole_tokens_at_times,
-                can_split=self.p_group < 1 if not whole_tokens_at_times else True,
+                can_group=self.draws_whole_tokens or whole_tokens_at_times,
+                can_split=self.group_share(0.0) < 1 or self.group_share(1.0) < 1 or whole_tokens_at_times,
+                in_layers=self.order == "layers",
             )
         except ValueError as error:
             raise ConfigError(f"diffusion: {error}") from None
@@ -101,6 +130,7 @@ class DiffusionConfig:
                 self.granularity,
                 shuffle_seed=self.shuffle_seed if self.shuffle else None,
                 scope=self.shuffle_scope,
+                permutation=None if self.code is None else read_code(Path(self.code)),
             )
         except ValueError as error:
             raise ConfigError(f"diffusion.granularity = {self.granularity} for {vocab_size} tokens: {error}") from None

@@ -21,7 +21,7 @@ from llm.diffusion.likelihood import Estimate, Order
 from llm.heldout import evaluate_bounds, heldout_blocks, unigram_nats
 from llm.pretrained import load_pretrained
 
-BOUNDS = ("nelbo_token", "nelbo_subtoken", "nelbo_steps", "nll_chain", "loss_ce_joint")
+BOUNDS = ("nelbo_token", "nelbo_subtoken", "nelbo_layered", "nelbo_steps", "nll_chain", "loss_ce_joint")
 _OF_CONFIG = ("draws", "batch", "steps", "order")  # flags that stand before the run's own evaluation section
 RECORD = "evaluations.jsonl"  # in a run's folder: every estimate ever made of it, a line each, newest last
 

@@ -37,7 +37,8 @@ class Language:
         if self.family == "ar":
             return ["nll_ar"]
         if self.family == "mdm":  # with one digit per token the two bounds are the same
-            return list(dict.fromkeys("nelbo_token" if name == "nelbo_subtoken" else name for name in wanted))
+            same = ("nelbo_subtoken", "nelbo_layered")
+            return list(dict.fromkeys("nelbo_token" if name in same else name for name in wanted))
         return list(wanted)
 
 

@@ -107,6 +107,7 @@ def _evaluate(
     function = {
         "nelbo_subtoken": likelihood.nelbo_subtoken,
         "nelbo_token": likelihood.nelbo_token,
+        "nelbo_layered": likelihood.nelbo_layered,
         "loss_ce_joint": likelihood.loss_ce_joint,
     }[name]
     return function(predict, tokens, codec, noise, draws=config.draws)

@@ -6,8 +6,10 @@ so `AutoModelForCausalLM.from_pretrained` opens it. Masked and partial-masking m
 config.json names `unmask` as the type. Either way `unmask_config` holds the experiment, so that we can read it back.
 """
 
+import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from llm.diffusion.codec import Codec
 from llm.generate import Language
 
 logger = logging.getLogger(__name__)
+
+CODE = "code.json"  # in an exported folder: the table of codes, where the model has one of its own
 
 _STOCK_NAMES = (  # our names -> those of transformers' Llama and Qwen3
     ("input.weight", "model.embed_tokens.weight"),
@@ -104,7 +108,10 @@ def read_config(path: Path) -> LanguageConfig:
             raise ConfigError(
                 f"{path}/config.json has no unmask_config; only folders written by `unmask export` are read"
             )
-        return configs.from_dict(LanguageConfig, saved["unmask_config"], source=str(path / "config.json"))
+        config = configs.from_dict(LanguageConfig, saved["unmask_config"], source=str(path / "config.json"))
+        if config.diffusion.code is None:
+            return config
+        return dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, code=str(path / CODE)))
     if not (path / "config.yaml").exists():
         raise ConfigError(f"{path} is neither a run folder (config.yaml) nor an exported folder (config.json)")
     tree = yaml.safe_load((path / "config.yaml").read_text())
@@ -207,6 +214,8 @@ def export(
         rename = _stock_name if stock is not None else (lambda name: name)
         write_safetensors(stream(checkpoint, f"{ours.weights}."), folder, rename=rename, dtype=dtype)
         (folder / "config.json").write_text(json.dumps(description, indent=1))
+        if ours.config.diffusion.code is not None:
+            shutil.copyfile(ours.config.diffusion.code, folder / CODE)
         ours.tokenizer.save(folder)
     return _compare(ours, to, is_stock=stock is not None)
 

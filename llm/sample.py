@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--order",
-        choices=("ancestral", "random", "left_to_right", "confidence"),
-        help="what is revealed first: at random times, or a fixed number a step in this order (ancestral)",
+        choices=("ancestral", "layers", "random", "left_to_right", "confidence"),
+        help="first: at random times, first digits before second ones, or so many a step in this order (ancestral)",
     )
     parser.add_argument(
         "--group",

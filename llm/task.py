@@ -107,11 +107,20 @@ class LanguageTask:
         grouped = None
         if diffusion.chunk_point is not None:
             grouped = masking.granularity_by_time(times, chunk_point=diffusion.chunk_point)
-        elif diffusion.p_group > 0:
+        elif diffusion.draws_whole_tokens:
             choice = uniform(stream_key(seed, "granularity", step), rows, 1)[:, 0]
-            grouped = masking.random_granularity(choice, p_group=diffusion.p_group)
-        mask = masking.random_mask(noise, times, grouped=grouped)
-        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
+            share = diffusion.group_share(step / max(1, self.config.train.steps - 1))
+            grouped = masking.random_granularity(choice, p_group=share)
+        layer = None
+        if diffusion.order == "layers":
+            layer, within = masking.layer_at(times, self.codec.granularity)
+            whole = torch.zeros_like(times, dtype=torch.bool) if grouped is None else grouped
+            times = torch.where(whole, times, within)
+            by_layer = masking.layered(masking.random_mask(noise[..., :1], times), layer, self.codec.granularity)
+            mask = torch.where(whole[:, None, None], masking.random_mask(noise, times, grouped=whole), by_layer)
+        else:
+            mask = masking.random_mask(noise, times, grouped=grouped)
+        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped, layer=layer)
         return Batch(tokens=tokens, masked=masked, dropout_key=dropout_key)
 
     def example_batch(self, size: int) -> Batch:
@@ -121,9 +130,14 @@ class LanguageTask:
             return Batch(tokens=tokens, masked=None, dropout_key=0)
         mask = torch.ones(*tokens.shape, self.codec.granularity, dtype=torch.bool, device=self.device)
         times = torch.ones(size, device=self.device)
-        mixes = self.config.diffusion.chunk_point is not None or self.config.diffusion.p_group > 0
+        mixes = self.config.diffusion.chunk_point is not None or self.config.diffusion.draws_whole_tokens
         grouped = torch.zeros(size, dtype=torch.bool, device=self.device) if mixes else None
-        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped)
+        layer = (
+            torch.zeros(size, dtype=torch.int64, device=self.device)
+            if self.config.diffusion.order == "layers"
+            else None
+        )
+        masked = MaskedBatch(tokens=tokens, mask=mask, times=times, grouped=grouped, layer=layer)
         return Batch(tokens=tokens, masked=masked, dropout_key=0)
 
     def _times(self, rows: Tensor, step: int, global_batch: int) -> Tensor:

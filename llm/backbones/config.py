@@ -9,7 +9,7 @@ from typing import Literal
 
 from launch.errors import ConfigError
 
-InputKind = Literal["token", "cat-share", "cat", "sum"]
+InputKind = Literal["token", "cat-share", "cat", "sum", "sum+token"]
 
 
 def resolve_input_kind(embedding: Literal["auto", InputKind], *, granularity: int, width: int) -> InputKind:
@@ -29,7 +29,7 @@ def resolve_input_kind(embedding: Literal["auto", InputKind], *, granularity: in
 class InputSpec:
     """The symbols that enter the model: token ids [B, L], or the digits [B, L, l] of sub-tokens."""
 
-    kind: InputKind = "token"  # token: a table of ids; cat-share, cat, sum: how the digits of a token are merged
+    kind: InputKind = "token"  # token: a table of ids; the others: how the digits of a token are merged (inputs.py)
     num_symbols: int  # token: rows of the table, V plus mask or BOS; digits: the base b plus the mask symbol
     granularity: int = 1  # digits per token, l
 
@@ -39,7 +39,7 @@ class InputSpec:
         if (self.kind == "token") != (self.granularity == 1):
             raise ConfigError(
                 f"{path}.granularity = {self.granularity} does not go with {path}.kind = {self.kind!r}: 'token' reads "
-                "one symbol per token, 'cat-share', 'cat' and 'sum' merge 2 or more"
+                "one symbol per token, the other kinds merge 2 or more"
             )
 
 

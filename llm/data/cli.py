@@ -1,11 +1,14 @@
-"""`unmask data`: fetch, prepare, inspect."""
+"""`unmask data`: fetch, prepare, inspect, code."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from launch.errors import ConfigError
 from llm.data import fetch
+from llm.data.codes import Kind, make_code
 from llm.data.documents import FORMATS
 from llm.data.packages import CORPORA, FOLDERS, TOKENIZERS, Package
 from llm.data.prepare import prepare
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=raw,
     )
-    verbs = parser.add_subparsers(required=True, metavar="fetch|prepare|inspect")
+    verbs = parser.add_subparsers(required=True, metavar="fetch|prepare|inspect|code")
 
     verb = verbs.add_parser(
         "fetch",
@@ -95,6 +98,21 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--split", choices=SPLITS, default="train", help="to show documents of (train)")
     verb.add_argument("--documents", type=int, default=2, metavar="N", help="how many documents to decode (2)")
     verb.set_defaults(run=_inspect)
+
+    verb = verbs.add_parser(
+        "code",
+        help="order the vocabulary so that partial masking reveals the kind of a token first",
+        description=(
+            "Write a table of codes for diffusion.code: tokens with the same first digits are a class that foretells "
+            "other classes, or have similar neighbours, or similar frequency, in the training split."
+        ),
+        epilog="example: unmask data code data/prose --kind classes --granularity 2 --out codes/prose-classes.json",
+    )
+    verb.add_argument("path", type=Path, metavar="DIR", help="prepared data set")
+    verb.add_argument("--kind", choices=get_args(Kind), default="classes", help="what neighbours share (classes)")
+    verb.add_argument("--granularity", type=int, default=2, metavar="L", help="digits per token, of classes (2)")
+    verb.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to create")
+    verb.set_defaults(run=_code)
     return parser
 
 
@@ -152,6 +170,19 @@ def _inspect(args: argparse.Namespace) -> int:
             ids = dataset.document(number).tolist()
             text = dataset.tokenizer.decode(ids)
             print(f"\n{args.split} document {number}, {len(ids)} tokens {ids[:8]}...\n{text[:400]}")
+    return 0
+
+
+def _code(args: argparse.Namespace) -> int:
+    if args.granularity < 2:
+        raise ConfigError(f"--granularity is {args.granularity}; a token of one digit has no code, give at least 2")
+    places = make_code(args.path, args.kind, args.out, granularity=args.granularity)
+    tokenizer = TokenDataset.open(args.path, "train", 1).tokenizer
+    order = places.argsort()
+    width = math.isqrt(len(order) - 1) + 1  # the groups that two digits would make
+    for start in range(0, len(order), width):
+        print(f"  {start:6} {' '.join(repr(tokenizer.decode([int(t)])) for t in order[start : start + width][:24])}")
+    print(f"{args.out}: {len(order)} tokens by {args.kind}; use it with diffusion.code={args.out}")
     return 0
 
 

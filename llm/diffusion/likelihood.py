@@ -1,8 +1,9 @@
 """Estimates of the likelihood of masked and partial-masking models, and the one number that is not a likelihood.
 
-Valid, and therefore allowed to become a perplexity: `nelbo_subtoken`, `nelbo_token` and `nelbo_steps` are upper bounds
-on the negative log-likelihood, `nll_chain` and `nll_ar` are the exact value for one order of the tokens. They reveal
-groups of digits that each lie within one token, and charge each group its probability given everything revealed before.
+Valid, and therefore allowed to become a perplexity: `nelbo_subtoken`, `nelbo_token`, `nelbo_layered` and `nelbo_steps`
+bound the negative log-likelihood from above, `nll_chain` and `nll_ar` are the exact value for one order of the tokens.
+They reveal groups of digits that each lie within one token, and charge each group its probability given everything
+revealed before.
 `loss_ce_joint`, published as perplexity for MDM-Prime, charges whole tokens under masks of single digits; it can fall
 below the entropy of the data, and has a type of its own that cannot be exponentiated.
 
@@ -23,7 +24,7 @@ from llm.diffusion.codec import Codec
 from llm.diffusion.head import RowLoss, chunked_readout
 from llm.diffusion.objective import SMALLEST_TIME, ar_inputs, select_positions
 
-ValidName = Literal["nelbo_subtoken", "nelbo_token", "nelbo_steps", "nll_chain", "nll_ar"]
+ValidName = Literal["nelbo_subtoken", "nelbo_token", "nelbo_layered", "nelbo_steps", "nll_chain", "nll_ar"]
 Estimator = Literal["E1", "E2"]
 Order = Literal["left_to_right", "confidence"]
 
@@ -178,6 +179,37 @@ def nelbo_token(
 
     values = _monte_carlo(cost, tokens, noise, draws, estimator, scored, per_token=1)
     return Draws(name="nelbo_token", estimator=estimator, values=values, num_tokens=_count(tokens, scored))
+
+
+def nelbo_layered(
+    predict: Predict,
+    tokens: Tensor,
+    codec: Codec,
+    noise: Noise,
+    *,
+    draws: int,
+    estimator: Estimator = "E2",
+    scored: Tensor | None = None,
+) -> Draws:
+    """Upper bound: all first digits are revealed in random order, then all second ones, and so on; l passes a draw.
+
+    A reveal schedule that does not depend on the data, so it bounds like any other (docs/likelihood.md), from coarse to
+    fine if the first digit says what kind of token it is.
+    """
+    values = torch.zeros(len(tokens), draws, dtype=torch.float64, device=tokens.device)
+    for index in range(codec.granularity):
+        layer = torch.full_like(tokens[:, 0], index)
+
+        def cost(mask: Tensor, layer: Tensor = layer) -> Tensor:
+            hidden = masking.layered(mask, layer, codec.granularity, maskable=scored)
+            due = mask & (torch.arange(codec.granularity, device=mask.device) == layer[:, None, None])
+            return group_nll(predict, tokens, hidden, due, codec)
+
+        def layer_noise(draw: int, count: int, index: int = index) -> Tensor:
+            return noise(draw * codec.granularity + index, count)
+
+        values += _monte_carlo(cost, tokens, layer_noise, draws, estimator, scored, per_token=1)
+    return Draws(name="nelbo_layered", estimator=estimator, values=values, num_tokens=_count(tokens, scored))
 
 
 def loss_ce_joint(

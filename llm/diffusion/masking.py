@@ -52,6 +52,29 @@ def random_mask(
     return mask if maskable is None else mask & maskable.unsqueeze(-1)
 
 
+def layer_at(times: Tensor, granularity: int) -> tuple[Tensor, Tensor]:
+    """(layer int64 [B], time within it float32 [B]) at `times` [B] when digits are revealed layer by layer.
+
+    The unit interval is cut into l equal windows, from the last digit (times near 0) to the first (near 1), so that
+    every first digit is revealed before any second one. Within its window a digit is masked with the window's time.
+    """
+    place = times * granularity
+    window = place.long().clamp(max=granularity - 1)
+    return granularity - 1 - window, place - window
+
+
+def layered(mask: Tensor, layer: Tensor, granularity: int, *, maskable: Tensor | None = None) -> Tensor:
+    """bool [B, L, l]: in the state of `layer` int64 [B], the digits before it are visible, those behind it hidden.
+
+    mask: bool [B, L, 1], what is hidden of the layer's own digits. maskable: bool [B, L], outside of it all is visible.
+    """
+    digit = torch.arange(granularity, device=mask.device)
+    behind = (digit > layer[:, None, None]).expand(*mask.shape[:2], granularity)
+    if maskable is not None:
+        behind = behind & maskable.unsqueeze(-1)
+    return behind | (mask & (digit == layer[:, None, None]))
+
+
 def fixed_count_mask(noise: Tensor, count: Tensor, *, maskable: Tensor | None = None) -> Tensor:
     """bool, shaped like noise [B, ...]: exactly count[b] units of each sequence masked, every subset equally likely.
 

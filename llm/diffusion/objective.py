@@ -7,9 +7,11 @@
 | ce_joint | any | -log p(x_i) of each touched token: a proper scoring rule, but NOT a bound when l > 1 |
 | nelbo_subtoken | digits | -log p(digit) of each masked digit: a bound |
 | nelbo_token | whole tokens | -log p(x_i) of each masked token: a bound |
+| nelbo_layered | digits, layer by layer | l * -log p(digit) of each masked digit of the current layer: a bound |
 
 A mixture is a mapping from names to factors, computed from one forward pass and one chunk of logits. In a batch that
-mixes granularities, nelbo_subtoken charges the sequences masked by digits and nelbo_token those masked by whole tokens.
+mixes granularities, nelbo_subtoken (or nelbo_layered) charges the sequences masked by digits, nelbo_token those masked
+by whole tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +25,7 @@ from llm.diffusion import groups, masking
 from llm.diffusion.codec import Codec
 from llm.diffusion.head import chunked_readout
 
-Name = Literal["ar", "mdm", "ce_joint", "nelbo_subtoken", "nelbo_token"]
+Name = Literal["ar", "mdm", "ce_joint", "nelbo_subtoken", "nelbo_token", "nelbo_layered"]
 Readout = Callable[[Tensor, Tensor, Tensor | None], "Loss"]
 """(hidden [B, L, D], weight [V, D], bias [V] or None) -> Loss: what a backbone calls in place of its head."""
 
@@ -48,11 +50,21 @@ class MaskedObjective:
     carry_over: bool = True  # restrict the softmax to tokens that agree with the revealed digits
     positions: Literal["masked", "all"] = "masked"  # all: also charge tokens that are fully visible
 
-    def check(self, codec: Codec, *, can_group: bool, can_split: bool) -> None:
-        """ValueError unless the terms suit masks by whole tokens (can_group) and by single digits (can_split)."""
+    def check(self, codec: Codec, *, can_group: bool, can_split: bool, in_layers: bool = False) -> None:
+        """ValueError unless the terms suit masks by whole tokens (can_group) and by single digits (can_split).
+
+        in_layers: digits are masked layer by layer, not in any order.
+        """
         names = set(self.terms)
-        if not names or names - {"mdm", "ce_joint", "nelbo_subtoken", "nelbo_token"}:
-            raise ValueError(f"objective = {sorted(names)}: use mdm, ce_joint, nelbo_subtoken and nelbo_token.")
+        if not names or names - {"mdm", "ce_joint", "nelbo_subtoken", "nelbo_token", "nelbo_layered"}:
+            raise ValueError(
+                f"objective = {sorted(names)}: use mdm, ce_joint, nelbo_subtoken, nelbo_token and nelbo_layered."
+            )
+        if in_layers != ("nelbo_layered" in names) or (in_layers and names & {"ce_joint", "nelbo_subtoken"}):
+            raise ValueError(
+                f"objective {'+'.join(sorted(names))} does not go with the order of the digits: order = layers is "
+                "trained by nelbo_layered, alone or with nelbo_token. Use order = uniform for the others."
+            )
         if "mdm" in names and codec.granularity > 1:
             raise ValueError(
                 f"objective mdm needs granularity 1, not {codec.granularity}. Use ce_joint or nelbo_subtoken."
@@ -65,8 +77,9 @@ class MaskedObjective:
             )
         if "nelbo_subtoken" in names and not can_split:
             raise ValueError("objective nelbo_subtoken charges digit masks, but none are drawn. Lower p_group below 1.")
-        if (names == {"nelbo_subtoken"} and can_group) or (names == {"nelbo_token"} and can_split):
-            other = "nelbo_token" if "nelbo_subtoken" in names else "nelbo_subtoken"
+        by_digit = "nelbo_layered" if in_layers else "nelbo_subtoken"
+        if (names == {by_digit} and can_group) or (names == {"nelbo_token"} and can_split):
+            other = "nelbo_token" if by_digit in names else by_digit
             raise ValueError(
                 f"objective {sorted(names)[0]} leaves part of the batch without a loss. Add {other}, or set p_group to "
                 f"{0 if other == 'nelbo_token' else 1}."
@@ -82,6 +95,7 @@ class MaskedBatch:
     times: Tensor  # float32 [B], the probability with which each unit was masked
     grouped: Tensor | None = None  # bool [B], sequences masked by whole tokens; None: none of them
     scored: Tensor | None = None  # bool [B, L], tokens that count; None: all
+    layer: Tensor | None = None  # int64 [B], the digit that is charged, times being those of its window; None: all
 
     def inputs(self, codec: Codec) -> Tensor:
         """int64 digits [B, L, l], b where hidden: what the network sees."""
@@ -110,13 +124,15 @@ def select_positions(selected: Tensor, tokens: Tensor, mask: Tensor, codec: Code
 def masked_readout(objective: MaskedObjective, batch: MaskedBatch, codec: Codec) -> Readout:
     """The readout that turns the hidden states of `batch.inputs(codec)` into the Loss of `objective`."""
     scored = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.scored is None else batch.scored
-    touched = batch.mask.any(-1)
+    charged = _charged(batch, codec)
+    touched = charged.any(-1)
     charges_all = objective.positions == "all"
     selected = scored if charges_all else scored & touched  # [B, L]
     restricts = codec.granularity > 1 or charges_all  # at l = 1 a hidden token reveals nothing
     filtered = objective.carry_over and restricts
     at = select_positions(selected, batch.tokens, batch.mask, codec, filtered=filtered)
-    with_digits = "nelbo_subtoken" in objective.terms and codec.granularity > 1
+    charged = charged.flatten(0, 1)[at.index]  # [P, l]
+    with_digits = bool({"nelbo_subtoken", "nelbo_layered"} & set(objective.terms)) and codec.granularity > 1
     shares = _shares(objective, batch, codec)  # [B, K]
     weights = (shares * loss_weight(objective, batch.times).unsqueeze(-1))[at.sequence]  # [P, K]
 
@@ -125,7 +141,7 @@ def masked_readout(objective: MaskedObjective, batch: MaskedBatch, codec: Codec)
         if not with_digits:
             return -groups.token_log_prob(logits, revealed, at.tokens[rows], codec).unsqueeze(-1)
         log_token, log_digits = groups.true_log_probs(logits, revealed, at.tokens[rows], codec)
-        return -torch.stack([log_token, torch.where(at.mask[rows], log_digits, 0.0).sum(-1)], dim=-1)
+        return -torch.stack([log_token, torch.where(charged[rows], log_digits, 0.0).sum(-1)], dim=-1)
 
     def readout(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Loss:
         rows = hidden.flatten(0, 1)[at.index]
@@ -172,9 +188,19 @@ def _shares(objective: MaskedObjective, batch: MaskedBatch, codec: Codec) -> Ten
         return (whole + terms.get("nelbo_token", 0.0) + terms.get("nelbo_subtoken", 0.0)).unsqueeze(-1)
     grouped = _grouped(batch)
     whole = whole + torch.where(grouped, terms.get("nelbo_token", 0.0), nothing)
-    if "nelbo_subtoken" not in terms:
+    by_digit = terms.get("nelbo_subtoken", 0.0) + terms.get("nelbo_layered", 0.0) * codec.granularity  # one of l layers
+    if by_digit == 0.0:
         return whole.unsqueeze(-1)
-    return torch.stack([whole, torch.where(grouped, nothing, terms["nelbo_subtoken"])], dim=-1)
+    return torch.stack([whole, torch.where(grouped, nothing, by_digit)], dim=-1)
+
+
+def _charged(batch: MaskedBatch, codec: Codec) -> Tensor:
+    """bool [B, L, l]: the hidden digits that the loss charges; of a sequence masked by layers those of its layer."""
+    if batch.layer is None:
+        return batch.mask
+    digit = torch.arange(codec.granularity, device=batch.mask.device)
+    within = (digit == batch.layer[:, None, None]) | _grouped(batch)[:, None, None]
+    return batch.mask & within
 
 
 def _metrics(values: Tensor, at: Positions, batch: MaskedBatch, scored: Tensor, codec: Codec) -> dict[str, Tensor]:
@@ -185,15 +211,17 @@ def _metrics(values: Tensor, at: Positions, batch: MaskedBatch, scored: Tensor, 
     grouped = _grouped(batch) if codec.granularity > 1 else torch.ones_like(batch.times, dtype=torch.bool)
     touched = at.mask.any(-1)
     metrics = {
-        "loss_ce_joint_sum": nats[:, 0].sum(),
         "nelbo_token_sum": nats[:, 0][grouped[at.sequence] & touched].sum(),
         "num_tokens": tokens_of.sum(),
         "num_tokens_nelbo_token": (tokens_of * grouped).sum(),
         "num_loss_positions": torch.tensor(len(at.index), device=values.device),
     }
+    if batch.layer is None:
+        metrics["loss_ce_joint_sum"] = nats[:, 0].sum()
     if values.shape[1] == 2:
-        metrics["nelbo_subtoken_sum"] = nats[:, 1][~grouped[at.sequence]].sum()
-        metrics["num_tokens_nelbo_subtoken"] = (tokens_of * ~grouped).sum()
+        name, factor = ("nelbo_subtoken", 1) if batch.layer is None else ("nelbo_layered", codec.granularity)
+        metrics[f"{name}_sum"] = factor * nats[:, 1][~grouped[at.sequence]].sum()
+        metrics[f"num_tokens_{name}"] = (tokens_of * ~grouped).sum()
     return metrics
 
 

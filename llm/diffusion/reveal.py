@@ -65,6 +65,14 @@ def ancestral_plan(token: Tensor, digit: Tensor, steps: int, whole_token_steps: 
     return torch.where(token_step < whole_token_steps, token_step, digit_step)
 
 
+def layered_plan(digit: Tensor, steps: int) -> Tensor:
+    """int64 [B, L, l]: the step in 0..steps-1 at which each digit is revealed when all first digits come before any
+    second one. digit: uniforms [B, L, l]. Every layer has 1 / l of the steps; a step on a border serves two layers."""
+    granularity = digit.shape[-1]
+    layer = torch.arange(granularity, device=digit.device)
+    return ((layer + digit) * (steps / granularity)).long().clamp(max=steps - 1)
+
+
 def counted_plan(units: Tensor, key: Tensor, block: Tensor, steps: int) -> Tensor:
     """int64 [B, L, U]: the step in 0..steps-1 at which each unit is revealed, with `reveal_count` units at each step.
 

@@ -46,7 +46,7 @@ class SamplerConfig:
     steps: int = 128  # steps of the schedule; with block_length, steps for each block
     temperature: float = 1.0  # of the token distribution; 0 takes the most likely token
     top_p: float = 1.0  # nucleus: keep the tokens whose cumulative probability is at most this, and the likeliest one
-    order: Literal["ancestral", "random", "left_to_right", "confidence"] = "ancestral"  # which units come first
+    order: Literal["ancestral", "layers", "random", "left_to_right", "confidence"] = "ancestral"  # which come first
     group: Literal["digit", "token", "schedule"] = "digit"  # what is revealed at once; schedule: tokens, then digits
     chunk_point: float = 0.5  # group = schedule: whole tokens while time (1 at the start, 0 at the end) is above this
     block_length: int | None = None  # tokens per semi-autoregressive block, counting hidden tokens; none: one block
@@ -70,6 +70,11 @@ class SamplerConfig:
         for name, fits, rule in limits:
             if not fits:
                 raise ValueError(f"{path}.{name} = {getattr(self, name)} {rule}.")
+        if self.order == "layers" and (self.group != "digit" or self.corrector_steps):
+            raise ValueError(
+                f"{path}.order = layers reveals first digits before second ones, which {path}.group = {self.group} and "
+                f"{path}.corrector_steps = {self.corrector_steps} do not allow. Use group digit and no correctors."
+            )
         if self.group == "schedule" and self.order != "ancestral":
             raise ValueError(
                 f"{path}.group = schedule changes units with time, but {path}.order = {self.order} spreads a fixed "
@@ -297,6 +302,8 @@ def _plan(hidden: Tensor, block: Tensor, noise: Tensor, config: SamplerConfig) -
     if config.order == "ancestral":
         chunk_point = {"digit": 1.0, "token": 0.0, "schedule": config.chunk_point}[config.group]
         step = reveal.ancestral_plan(token, digit, config.steps, reveal.token_steps(config.steps, chunk_point))
+    elif config.order == "layers":
+        step = reveal.layered_plan(digit, config.steps)
     else:
         units = _units(hidden, config)
         key = digit if config.group == "digit" else token.unsqueeze(-1)

@@ -232,7 +232,13 @@ class HarnessModel(TemplateLM):
         return [score.value for score in self._score(wanted, "loglikelihood_rolling", disable_tqdm)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        raise NotImplementedError
+        """What follows each prompt, up to the first of its stop strings. Never cached: it may be drawn."""
+        from llm.evals.generation import GenerationConfig, generate_until  # pyright: ignore[reportMissingImports]
+
+        pairs: list[Any] = [request.args for request in requests]
+        config = GenerationConfig() if self.generation is None else self.generation
+        with tqdm(total=len(pairs), desc="generate_until", disable=disable_tqdm or self.rank != 0) as bar:
+            return generate_until(self.scorable, pairs, config, add_bos=self.scoring.add_bos, progress=bar.update)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         raise ConfigError(

@@ -23,6 +23,16 @@ from llm.config import EvaluationConfig
 
 FlopsRule = Literal["full", "six_nd", "six_nd_label"]
 
+# Of a point's experiment: what the ladder works out, and where to say it.
+_WORKED_OUT = {
+    "train.steps": "budgets",
+    "schedule.final_lr": "rate.final_fraction",
+    "schedule.warmup_steps": "rate.warmup_fraction",
+    "run.seed": "seeds",
+    "run.name": "families and sizes",
+    "evaluation": "the section evaluation of the ladder",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -112,6 +122,9 @@ class Ladder:
             for i, budget in enumerate(budgets):
                 if not budget.flops > 0 or not budget.rate_factor > 0:
                     raise ConfigError(f"{where}[{i}]: flops = {budget.flops}, rate_factor = {budget.rate_factor}; > 0")
+        for key in configs.flatten(self.settings):
+            if found := next((k for k in _WORKED_OUT if key == k or key.startswith(f"{k}.")), None):
+                raise ConfigError(f"settings.{key} is worked out for every point; use {_WORKED_OUT[found]}")
         if self.jobs < 1:
             raise ConfigError(f"jobs = {self.jobs}; the smallest is 1")
         for name, value in (

@@ -79,7 +79,8 @@ def _planned(ladder: Ladder, family_name: str, size_name: str, budget: Budget, s
     steps = max(1, round(budget.flops / (getattr(per_token, ladder.flops_rule) * tokens_per_step)))
     tokens = steps * tokens_per_step
     flops = _flops(config, codec, tokens=tokens)
-    configs.merge(tree, {"train": {"steps": steps, "log_every": max(1, steps // 20)}})
+    log_every = ladder.settings.get("train", {}).get("log_every", max(1, steps // 20))
+    configs.merge(tree, {"train": {"steps": steps, "log_every": log_every}})
     configs.merge(tree, {"schedule": _schedule(ladder, family, size, budget, config, steps)})
     count = count_parameters(
         config.model,
@@ -114,7 +115,7 @@ def _experiment(ladder: Ladder, family: Family, size: Size, budget: Budget) -> d
     quiet = {  # a study has hundreds of points, and each is judged once
         "train": {"evaluate_every": None, "sample_every": None},
         "checkpoint": {"every_steps": None, "every": 300.0, "keep_last": 1},
-        "metrics": {"tensorboard": False},
+        "metrics": {"tensorboard": False, "report": False},  # whose pictures take seconds
     }
     preset = {k: v for k, v in (_read(size.preset) if size.preset else {}).items() if k in ("model", "train", "engine")}
     layers = (

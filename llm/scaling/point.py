@@ -14,6 +14,7 @@ from launch import config as configs
 from launch.errors import ConfigError, DataError
 from llm.diffusion.likelihood import ValidName
 
+FACTS = "point.json"  # beside the result: which point it is, and what decides its result
 RESULT = "result.json"
 HASH = "config_hash"  # in result.json, beside the result: of the configuration that made it
 
@@ -90,6 +91,14 @@ def read_results(study: Path) -> list[Result]:
     return results
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """FOLDER/point.json, as `llm.scaling.study.prepare` writes it."""
+    path = folder / FACTS
+    if not path.exists():
+        raise DataError(f"{folder} is no point of a study: it has no {FACTS}; start points with `unmask scaling run`")
+    return _read(path)
+
+
 def write_json(path: Path, tree: dict[str, Any]) -> None:
     """By rename, so that a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,5 +113,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; move it away and run the point again") from None
     if not isinstance(tree, dict):
-        raise DataError(f"{path} holds {type(tree).__name__}, expected a result; move it away and run the point again")
+        raise DataError(f"{path} holds {type(tree).__name__}, expected a mapping; move it away and run the point again")
     return tree

@@ -1,45 +1,41 @@
 """`unmask scaling run`: the points of a ladder, several at a time, until all of them have a result.
 
-    STUDY/<family>/<size>-<budget>-s<seed>/   an ordinary run folder, and
-        point.json                            which point it is, and all settings that decide its result
-        experiment.yaml                       what `python -m llm.scaling.train` reads
-        point.log                             what it printed, over all restarts
-        result.json                           written last: the point is done
-        failure.json                          or why it is not
-
 Whatever is killed, the next call goes on: a point with a result is left alone, one with a checkpoint resumes from it.
 Children die with this process, so that two calls never train the same point.
 """
 
 import argparse
-import contextlib
-import fcntl
 import fnmatch
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from launch import config as configs
+from launch import slurm
 from launch.errors import ConfigError
 from launch.local import die_with, exit_code
 from launch.metrics import metrics_path, read_metrics
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, MEANING, StopFlag
+from llm.scaling import cluster
 from llm.scaling.config import load_ladder
 from llm.scaling.plan import PlannedPoint, plan_ladder
-from llm.scaling.point import RESULT, read_hash, read_result, write_json
-from llm.scaling.train import FACTS, read_facts, write_facts
+from llm.scaling.point import RESULT, read_result
+from llm.scaling.study import (
+    FAILURE,
+    is_finished,
+    one_at_a_time,
+    prepare,
+    read_failure,
+    refuse_or_restart_changed,
+    to_do,
+    write_failure,
+)
 
-FAILURE = "failure.json"
 _POLL_SECONDS = 0.1
 _SAY_SECONDS = 60.0
 
@@ -63,14 +59,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--restart-changed", action="store_true", help="delete and train again what a changed ladder makes differently"
     )
+    parser.add_argument(
+        "--cluster", type=Path, metavar="YAML", help="submit the points as a SLURM array: configs/cluster/*.yaml"
+    )
+    parser.add_argument("--at-once", type=int, metavar="K", help="points of the array that may run at the same time")
+    parser.add_argument("--dry-run", action="store_true", help="with --cluster: print the job script, submit nothing")
     options = parser.parse_intermixed_args(argv)
+    if options.cluster is None and (options.at_once is not None or options.dry_run):
+        raise ConfigError(
+            "--at-once and --dry-run are about the job of --cluster; see `unmask scaling plan` without it"
+        )
     changes = [] if options.jobs is None else [f"jobs={options.jobs}"]
     ladder = load_ladder(options.ladder, [*options.overrides, *changes])
     planned = select(plan_ladder(ladder), options.only)
+    if options.cluster is not None and options.dry_run:
+        print(cluster.script(planned, options.out, profile=options.cluster, at_once=options.at_once), end="")
+        return EXIT_OK
     with one_at_a_time(options.out):
+        if slurm.has_slurm():
+            slurm.refuse_if_active(options.out)
         refuse_or_restart_changed(planned, options.out, restart=options.restart_changed)
         for one in planned:
             prepare(one, options.out / one.point.name, keep_checkpoints=ladder.keep_checkpoints)
+        if options.cluster is not None:
+            return cluster.submit(planned, options.out, profile=options.cluster, at_once=options.at_once)
         return Study(options.out, planned, jobs=ladder.jobs).run()
 
 
@@ -85,76 +97,6 @@ def select(planned: Sequence[PlannedPoint], pattern: str | None) -> list[Planned
     return chosen
 
 
-@contextlib.contextmanager
-def one_at_a_time(study: Path) -> Iterator[None]:
-    """The kernel drops the lock with the process, of whatever cause it dies."""
-    study.mkdir(parents=True, exist_ok=True)
-    with (study / "study.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another `unmask scaling run` is at work in {study}; wait for it, or use another --out"
-            ) from None
-        yield
-
-
-# --- points on disk --------------------------------------------------------------------------------------------------
-
-
-def is_finished(one: PlannedPoint, study: Path) -> bool:
-    return read_hash(study / one.point.name / RESULT) == one.config_hash
-
-
-def refuse_or_restart_changed(planned: Sequence[PlannedPoint], study: Path, *, restart: bool) -> None:
-    """`ConfigError` that names each point which has begun with other settings; with `restart` delete them instead."""
-    changed = {}
-    for one in planned:
-        folder = study / one.point.name
-        has_begun = (folder / RESULT).exists() or any((folder / "checkpoints").glob("step_*"))
-        if not has_begun:
-            continue
-        old = read_facts(folder)["identity"] if (folder / FACTS).exists() else {}
-        if differences := configs.difference(old, one.identity()):
-            words = [f"{key} = {before!r}, now {now!r}" for key, (before, now) in differences.items()]
-            changed[folder] = ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
-    if restart:
-        for folder in changed:
-            shutil.rmtree(folder)
-    elif changed:
-        lines = [f"  {folder}: {words}" for folder, words in changed.items()]
-        raise ConfigError(
-            f"{len(changed)} of {len(planned)} points in {study} have begun with other settings than the ladder's; "
-            "train them again with --restart-changed, or use another --out:\n" + "\n".join(lines)
-        )
-
-
-def prepare(one: PlannedPoint, folder: Path, *, keep_checkpoints: str) -> None:
-    """Write what the point's own process reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "point": configs.to_dict(one.point),
-        "config_hash": one.config_hash,
-        "judged": one.judged,
-        "keep_checkpoints": keep_checkpoints,
-        "identity": one.identity(),
-    }
-    write_facts(folder, facts)
-    partial = folder / "experiment.yaml.tmp"
-    partial.write_text(yaml.safe_dump(one.experiment, sort_keys=False, width=120))
-    partial.replace(folder / "experiment.yaml")
-
-
-def read_failure(one: PlannedPoint, folder: Path) -> dict[str, Any] | None:
-    """Why this very point is not done; None if it did not fail, or has other settings now."""
-    path = folder / FAILURE
-    failure = json.loads(path.read_text()) if path.exists() else None
-    return failure if failure is not None and failure["config_hash"] == one.config_hash else None
-
-
-# --- running them ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(kw_only=True)
 class Job:
     one: PlannedPoint
@@ -167,7 +109,7 @@ class Study:
     def __init__(self, folder: Path, planned: Sequence[PlannedPoint], *, jobs: int) -> None:
         self._folder, self._planned, self._jobs = folder, planned, jobs
         self._running: list[Job] = []
-        self._codes: list[int] = []  # of the points that have ended, and of those that diverged earlier
+        self._codes: list[int] = []  # of every point, in the end; of those that diverged earlier, too
         self._finished = {one.point.name for one in planned if is_finished(one, folder)}
         self._begin, self._said = time.monotonic(), time.monotonic()
         self._flops_at_begin = 0.0
@@ -175,9 +117,12 @@ class Study:
 
     def run(self) -> int:
         """Until every point has ended, or a signal asks to stop; the exit code that says most."""
-        waiting = [one for one in self._planned if self._is_to_do(one)]
+        waiting = to_do(self._planned, self._folder)
+        left = len(self._planned) - len(self._finished) - len(waiting)
+        self._codes += [EXIT_DIVERGED] * left
         self._flops_at_begin = self._flops_done(waiting)
-        print(f"{len(self._planned)} points, {len(self._finished)} done, {len(waiting)} to do", flush=True)
+        diverged = f", {left} diverged earlier (remove a {FAILURE} to try its point again)" if left else ""
+        print(f"{len(self._planned)} points, {len(self._finished)} done, {len(waiting)} to do{diverged}", flush=True)
         try:
             with StopFlag() as stop:
                 while self._running or (waiting and stop.request is None):
@@ -191,18 +136,8 @@ class Study:
             for job in self._running:
                 job.process.kill()
                 job.process.wait()
-        return self._summary(stopped=bool(waiting))
-
-    def _is_to_do(self, one: PlannedPoint) -> bool:
-        """Not done; and not diverged, because the same would happen again."""
-        if one.point.name in self._finished:
-            return False
-        failure = read_failure(one, self._folder / one.point.name)
-        if failure is not None and failure["code"] == EXIT_DIVERGED:
-            print(f"{one.point.name}: diverged earlier ({failure['reason']}); remove its {FAILURE} to try it again")
-            self._codes.append(EXIT_DIVERGED)
-            return False
-        return True
+        self._codes += [EXIT_STOPPED] * len(waiting)
+        return self._summary()
 
     def _start(self, one: PlannedPoint) -> None:
         folder = self._folder / one.point.name
@@ -245,18 +180,17 @@ class Study:
         if code == EXIT_OK and is_finished(job.one, self._folder):
             self._finished.add(point.name)
             self._codes.append(EXIT_OK)
-            result = read_result(folder / RESULT)
-            best = min(result.estimates, key=lambda name: result.estimates[name].nats_per_token)
-            found = result.estimates[best]
-            return f"{point.name}: {best} {found.nats_per_token:.4f} ({found.standard_error:.4f}) nats/token"
-        if code == EXIT_STOPPED:
-            return f"{point.name}: stopped with a checkpoint"
+            name, found = next(iter(read_result(folder / RESULT).estimates.items()))
+            return f"{point.name}: {name} {found.nats_per_token:.4f} ({found.standard_error:.4f}) nats/token"
+        if code == EXIT_STOPPED or (self._is_stopping and job.process.returncode == -signal.SIGTERM):
+            self._codes.append(EXIT_STOPPED)
+            return f"{point.name}: stopped"
         if code == EXIT_OK:
             code, reason = 1, f"trained, but its {RESULT} is gone; remove the folder to train it again"
         else:
             reason = _last_words(folder / "point.log", job.process.returncode)
         self._codes.append(code)
-        write_json(folder / FAILURE, {"config_hash": job.one.config_hash, "code": code, "reason": reason})
+        write_failure(folder, config_hash=job.one.config_hash, code=code, reason=reason)
         return f"{point.name}: FAILED, {reason}"
 
     def _progress(self, waiting: Sequence[PlannedPoint]) -> str:
@@ -274,13 +208,13 @@ class Study:
         finished = sum(one.point.flops for one in self._planned if one.point.name in self._finished)
         return finished + sum(one.point.flops * _share_trained(one, self._folder) for one in begun)
 
-    def _summary(self, *, stopped: bool) -> int:
+    def _summary(self) -> int:
         failures = [(p.point.name, f) for p in self._planned if (f := read_failure(p, self._folder / p.point.name))]
         for name, failure in failures:
             print(f"failed: {name}: {failure['reason']} (see {self._folder / name / 'point.log'})", flush=True)
         done = f"{len(self._finished)} of {len(self._planned)} points in {self._folder} have a {RESULT}"
         print(f"{done}, {len(failures)} failed", flush=True)
-        return EXIT_STOPPED if stopped or self._is_stopping else exit_code(self._codes)
+        return exit_code(self._codes)
 
 
 def command(folder: Path) -> list[str]:

@@ -23,8 +23,8 @@ from llm.scaling.plan import PlannedPoint
 from llm.scaling.train import COSTLY
 from llm.task import LanguageTask
 
-START_SECONDS = 6.0  # of a point's own process on a CPU: imports, data, the pictures of the report
-_WARM_UP, _MEASURED = 2, 5  # steps
+START_SECONDS = 4.0  # of a point's own process on a CPU, before and after training: imports, data, checkpoint
+_WARM_UP, _MEASURED = 2, 9  # steps; the median of the latter counts
 
 Speeds = dict[str, tuple[np.ndarray, np.ndarray]]
 """Family -> log of FLOPs a token, ascending, and log of FLOP/s there; by the full rule."""
@@ -77,10 +77,8 @@ def _tokens_per_second(one: PlannedPoint, runtime: Runtime) -> float:
     task = LanguageTask(config, runtime.device, open_data=one.epochs is not None)
     engine = build_engine(task.build_model, config.engine, config.optimizer, runtime, seed=0)
     train = config.train
-    begin = 0.0
+    marks = []
     for step in range(_WARM_UP + _MEASURED):
-        if step == _WARM_UP:
-            begin = time.perf_counter()
         positions = micro_batches(
             step, global_batch=train.global_batch, micro_batch=train.micro_batch, rank=0, world_size=1
         )
@@ -88,7 +86,6 @@ def _tokens_per_second(one: PlannedPoint, runtime: Runtime) -> float:
             batch = task.batch(rows, step) if task.stream else task.example_batch(len(rows))
             loss_sum, _ = task.loss(engine.module, batch)
             engine.backward(loss_sum / task.count(batch), last=i == len(positions) - 1)
-        engine.step(1e-4, lambda norm: True)
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize()
-    return _MEASURED * train.global_batch * config.data.block_length / (time.perf_counter() - begin)
+        engine.step(1e-4, lambda norm: True)  # waits for the device
+        marks.append(time.perf_counter())
+    return train.global_batch * config.data.block_length / float(np.median(np.diff(marks)[-_MEASURED:]))

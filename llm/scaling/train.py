@@ -5,7 +5,7 @@ evaluation at the end, which becomes POINT/result.json, and in that it writes no
 `unmask scaling run`, says which point this is.
 """
 
-import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,17 +18,16 @@ from torch import nn
 from launch import config as configs
 from launch import entry
 from launch.checkpoint import layout
-from launch.errors import DataError
 from launch.runtime import Runtime
-from launch.stop import EXIT_OK
+from launch.stop import EXIT_DIVERGED, MEANING
 from llm.config import LanguageConfig
 from llm.diffusion.likelihood import JointLoss
 from llm.heldout import Result as Heldout
 from llm.heldout import evaluate_bounds, heldout_blocks
-from llm.scaling.point import RESULT, Estimated, Point, Result, write_json, write_result
+from llm.scaling.point import FACTS, RESULT, Estimated, Point, Result, read_facts, write_result
+from llm.scaling.study import write_failure
 from llm.task import LanguageTask
 
-FACTS = "point.json"
 COSTLY = ("nll_chain", "nelbo_steps")  # a forward for every token or sampler step
 
 
@@ -41,9 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tasks[0]
 
     code = entry.main(LanguageConfig, make_task, arguments)
-    folder = tasks[0].config.run.folder if tasks else None
-    if code == EXIT_OK and folder and (folder / RESULT).exists() and read_facts(folder)["keep_checkpoints"] == "none":
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if tasks and os.environ.get("RANK", "0") == "0":
+        folder = tasks[0].config.run.folder
+        if code == EXIT_DIVERGED:
+            hash_ = read_facts(folder)["config_hash"]
+            write_failure(folder, config_hash=hash_, code=code, reason=MEANING[code])
+        elif (folder / RESULT).exists() and read_facts(folder)["keep_checkpoints"] == "none":
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return code
 
 
@@ -51,7 +54,10 @@ class PointTask(LanguageTask):
     """A language model that is judged once, by every bound that the ladder asks for."""
 
     def evaluate(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:
-        """Collective. The trainer calls it once, behind the last checkpoint; rank 0 writes POINT/result.json."""
+        """Collective. On held-out blocks of the first data source; rank 0 writes POINT/result.json.
+
+        The trainer calls it once, behind the last checkpoint.
+        """
         evaluation, facts = self.config.evaluation, read_facts(self.config.run.folder)
         wanted = self.language.bounds(evaluation.bounds)
         joint = ["loss_ce_joint"] if facts["judged"]["joint"] and self.language.family == "prime" else []
@@ -89,18 +95,6 @@ class PointTask(LanguageTask):
             seconds=_seconds(folder),
         )
         write_result(folder, result, config_hash=facts["config_hash"])
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """point.json: the point, its hash, what it is made of, and how it is judged."""
-    path = folder / FACTS
-    if not path.exists():
-        raise DataError(f"{folder} is no point of a study: it has no {FACTS}; start points with `unmask scaling run`")
-    return json.loads(path.read_text())
-
-
-def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    write_json(folder / FACTS, facts)
 
 
 def _seconds(folder: Path) -> float:

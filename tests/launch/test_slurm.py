@@ -178,7 +178,7 @@ def test_no_name_is_evaluated_nor_lost(name, tmp_path, monkeypatch):
 
 def test_a_percent_sign_of_the_run_folder_is_no_pattern_of_sbatch(tmp_path, monkeypatch, capsys):
     config = experiment(tmp_path, run={"name": "x", "dir": str(tmp_path / "100%j")})
-    monkeypatch.setattr(slurm, "_check_configurations", lambda *_: "")
+    monkeypatch.setattr(slurm, "check_configurations", lambda *_: "")
     assert submit([str(config), "--cluster", str(profile(tmp_path)), "--dry-run"]) == 0
     assert f"#SBATCH --output={tmp_path}/100%%j/job.log" in capsys.readouterr().out
 
@@ -277,7 +277,7 @@ def test_a_sweep_without_values_is_refused(text):
 
 
 def test_a_sweep_has_a_folder_and_a_configuration_for_each_point(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(slurm, "_check_configurations", lambda *_: "")
+    monkeypatch.setattr(slurm, "check_configurations", lambda *_: "")
     fake(tmp_path, monkeypatch, sbatch="echo 17", squeue="exit 0")
     config = experiment(tmp_path, run={"dir": str(tmp_path / "sweep")})
     arguments = ["--array", "schedule.lr=1e-3,2e-3", "--at-once", "1", "--nodes", "3"]
@@ -369,7 +369,7 @@ def test_a_folder_that_was_never_submitted_cannot_be_cancelled(tmp_path):
 
 
 def test_without_slurm_submit_says_where_to_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "_check_configurations", lambda *_: "")
+    monkeypatch.setattr(slurm, "check_configurations", lambda *_: "")
     monkeypatch.setenv("PATH", str(tmp_path))
     config = experiment(tmp_path, run={"dir": str(tmp_path / "run")})
     with pytest.raises(ClusterError, match="there is no sbatch here; run this on a login node"):
@@ -377,7 +377,7 @@ def test_without_slurm_submit_says_where_to_run(tmp_path, monkeypatch):
 
 
 def test_the_new_job_is_told_nothing_of_the_job_around_us(tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "_check_configurations", lambda *_: "")
+    monkeypatch.setattr(slurm, "check_configurations", lambda *_: "")
     for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "MASTER_ADDR"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_CONF", "conf")

@@ -64,6 +64,19 @@ def test_settings_that_contradict_each_other_are_refused(values, words):
         DiffusionConfig(**values).check("diffusion")
 
 
+@pytest.mark.parametrize("objective", ["nelbo_subtoken", "ce_joint", "ce_joint+nelbo_layered"])
+def test_layers_are_trained_by_their_own_bound_alone(objective):
+    config = DiffusionConfig(granularity=2, order="layers", objective=objective)
+    with pytest.raises(ConfigError, match=r"order = layers is trained by nelbo_layered"):
+        config.objective_for(config.codec(9))
+
+
+def test_the_layered_bound_does_not_train_on_digits_in_any_order():
+    config = DiffusionConfig(granularity=2, objective="nelbo_layered")
+    with pytest.raises(ConfigError, match="order = layers"):
+        config.objective_for(config.codec(9))
+
+
 def test_an_objective_whose_masks_are_never_drawn_is_refused():
     config = DiffusionConfig(granularity=4, objective="nelbo_token")
     with pytest.raises(ConfigError, match="p_group"):
@@ -79,3 +92,14 @@ def test_a_plan_without_data_needs_the_vocabulary_size():
     config, _ = configs.load(LanguageConfig, TINY[0])
     with pytest.raises(ConfigError, match=r"data\.vocab_size"):
         LanguageTask(config, torch.device("cpu"), open_data=False)
+
+
+def test_the_share_of_whole_tokens_moves_evenly_to_its_last_value():
+    rising = DiffusionConfig(granularity=2, objective="ce_joint", p_group=0.0, p_group_final=1.0)
+    assert [rising.group_share(t) for t in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
+    assert [DiffusionConfig(granularity=2, p_group=0.3).group_share(t) for t in (0.0, 1.0)] == [0.3, 0.3]
+    with pytest.raises(ConfigError, match=r"p_group_final = 1\.5; a probability"):
+        DiffusionConfig(granularity=2, p_group_final=1.5).check("diffusion")
+    falling = DiffusionConfig(granularity=2, objective="nelbo_subtoken", p_group=0.5, p_group_final=0.0)
+    with pytest.raises(ConfigError, match="leaves part of the batch without a loss"):
+        falling.objective_for(falling.codec(9))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from launch.checkpoint import read_safetensors
-from launch.errors import CheckpointError, ConfigError
+from launch.errors import CheckpointError, ConfigError, DataError
 from launch.stop import EXIT_USER_ERROR
+from llm.data.codes import make_code
 from llm.pretrained import Pretrained, export, load_pretrained
 from tests.runs import VOCAB_SIZE, Ranks, Tiny, checkpoint, state, train
 
@@ -44,6 +45,21 @@ def test_an_export_read_back_gives_the_same_logits(
     assert again.language.codec.sha256 == ours.language.codec.sha256
     assert again.tokenizer.sha256 == ours.tokenizer.sha256
     assert (ours.step, ours.weights) == (6, "ema" if family == "prime" else "model")
+
+
+def test_an_export_carries_the_code_of_its_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    code, run = tmp_path / "code.json", tmp_path / "run"
+    make_code(tiny.data, "similarity", code)
+    settings = ("diffusion.shuffle=false", "diffusion.order=layers", "diffusion.objective=nelbo_layered")
+    train(tiny.prime, 1, run, *settings, "diffusion.p_group=0", f"diffusion.code={code}")
+    export(run, tmp_path / "export")
+    ours = load_pretrained(run, CPU)
+    code.unlink()
+    again = load_pretrained(tmp_path / "export", CPU)
+    assert torch.equal(logits(again), logits(ours))
+    assert again.language.codec.sha256 == ours.language.codec.sha256
+    with pytest.raises(DataError, match=r"code.json is no table of codes"):
+        load_pretrained(run, CPU)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,16 @@ def test_the_times_of_a_global_batch_lie_in_one_stratum_each(tiny: Tiny) -> None
     assert sorted(int(8 * time) for time in made.times.tolist()) == list(range(8))
 
 
+def test_layers_share_a_global_batch_evenly_and_hide_what_lies_behind_them(tiny: Tiny) -> None:
+    layers = ("order=layers", "objective=nelbo_layered", "p_group=0", "shuffle=false", "granularity=2")
+    made = task(tiny.prime, *(f"diffusion.{setting}" for setting in layers))
+    whole, part = made.batch(np.arange(8), 0).masked, made.batch(np.array([6, 3]), 0).masked
+    assert whole is not None and whole.layer is not None and part is not None
+    assert abs(int((whole.layer == 0).sum()) - 4) <= 1  # stratified times, from a random start
+    assert whole.mask[whole.layer == 0][..., 1].all() and not whole.mask[whole.layer == 1][..., 0].any()
+    assert torch.equal(part.mask, whole.mask[[6, 3]])
+
+
 def test_a_random_length_is_that_of_the_step_on_every_rank(tiny: Tiny) -> None:
     made = task(tiny.prime, "diffusion.random_length_probability=1.0")
     lengths = {
@@ -55,6 +65,28 @@ def test_a_random_length_is_that_of_the_step_on_every_rank(tiny: Tiny) -> None:
     }
     assert all(len(found) == 1 for found in lengths.values())
     assert len(set.union(*lengths.values())) > 1
+
+
+def test_in_layers_no_digit_is_visible_behind_the_layer_and_none_hidden_before_it(tiny: Tiny) -> None:
+    settings = ("diffusion.order=layers", "diffusion.objective=nelbo_layered", "diffusion.p_group=0")
+    made, seen = task(tiny.prime, *settings), set()
+    for step in range(6):
+        masked = made.batch(np.arange(8), step).masked
+        assert masked is not None and masked.layer is not None
+        for layer, mask in zip(masked.layer.tolist(), masked.mask, strict=True):
+            assert not mask[:, :layer].any() and mask[:, layer + 1 :].all()
+            seen.add(layer)
+    assert seen == {0, 1, 2}
+
+
+def test_a_rising_share_of_whole_tokens_begins_with_digits_and_ends_with_tokens(tiny: Tiny) -> None:
+    made = task(tiny.prime, "diffusion.p_group=0", "diffusion.p_group_final=1", "diffusion.objective=ce_joint")
+    shares = []
+    for step in range(6):
+        masked = made.batch(np.arange(8), step).masked
+        assert masked is not None and masked.grouped is not None
+        shares.append(float(masked.grouped.float().mean()))
+    assert shares[0] == 0.0 and shares[-1] == 1.0 and 0.0 < shares[2] < 1.0
 
 
 def test_the_loss_is_a_sum_and_its_figures_are_those_of_the_parts_added_up(tiny: Tiny) -> None:

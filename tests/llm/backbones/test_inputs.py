@@ -12,17 +12,22 @@ def naive(layer: InputLayer, digits: list[int]) -> torch.Tensor:
     spec, table = layer.spec, layer.weight
     if spec.kind == "cat-share":
         return torch.cat([table[d] for d in digits])
+    own, table = table[spec.granularity * spec.num_symbols :], table[: spec.granularity * spec.num_symbols]
     tables = table.view(spec.granularity, spec.num_symbols, -1)
     rows = [tables[place, d] for place, d in enumerate(digits)]
     if spec.kind == "sum":
         return torch.stack(rows).sum(0)
+    if spec.kind == "sum+token":
+        mask_symbol = spec.num_symbols - 1
+        code = sum(d * mask_symbol ** (spec.granularity - 1 - place) for place, d in enumerate(digits))
+        return torch.stack(rows if mask_symbol in digits else [*rows, own[code]]).sum(0)
     vector = torch.cat(rows)
     return torch.cat([vector, torch.zeros(layer.width - len(vector))])
 
 
 @pytest.mark.parametrize(
     ("kind", "width", "granularity"),
-    [("cat-share", 12, 4), ("cat", 12, 4), ("cat", 14, 4), ("sum", 12, 4), ("sum", 14, 4)],
+    [("cat-share", 12, 4), ("cat", 12, 4), ("cat", 14, 4), ("sum", 12, 4), ("sum", 14, 4), ("sum+token", 14, 4)],
 )
 def test_merged_digits_equal_a_loop_over_places(kind, width, granularity):
     layer = InputLayer(InputSpec(kind=kind, num_symbols=3, granularity=granularity), width)
@@ -40,7 +45,9 @@ def test_merged_digits_equal_a_loop_over_places(kind, width, granularity):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("cat-share", (3, 48)), ("cat", (48, 48)), ("sum", (48, 768))])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("cat-share", (3, 48)), ("cat", (48, 48)), ("sum", (48, 768)), ("sum+token", (48 + 2**16, 768))]
+)
 def test_tables_have_the_published_shapes(kind, shape):
     assert tuple(InputLayer(InputSpec(kind=kind, num_symbols=3, granularity=16), 768).weight.shape) == shape
 

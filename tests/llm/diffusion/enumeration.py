@@ -114,14 +114,25 @@ def joint_loss(predict: Predict, codec: Codec, tokens: Tensor) -> Tensor:
     return _integrate(predict, codec, tokens, cost=_token_cost, whole_tokens=False)
 
 
-def nelbo_subtoken_over_orders(predict: Predict, codec: Codec, tokens: Tensor) -> Tensor:
-    """Nats [B]: mean over all orders of the units of the sum of -log marginals along the order."""
-    return -_log_probs_along_orders(predict, codec, tokens).mean(0)
+def all_orders(length: int, granularity: int) -> list[tuple[int, ...]]:
+    """Every order of the units, unit i * l + j being digit j of token i."""
+    return list(permutations(range(length * granularity)))
 
 
-def nll_over_orders(predict: Predict, codec: Codec, tokens: Tensor) -> Tensor:
-    """Nats [B]: -log of the mean over all orders of the product of the marginals: the random-order sampler, exactly."""
-    log_probs = _log_probs_along_orders(predict, codec, tokens)
+def layered_orders(length: int, granularity: int) -> list[tuple[int, ...]]:
+    """Every order in which all first digits come before any second one, and so on."""
+    layers = [permutations(range(j, length * granularity, granularity)) for j in range(granularity)]
+    return [sum(parts, ()) for parts in product(*layers)]
+
+
+def nelbo_over_orders(predict: Predict, codec: Codec, tokens: Tensor, orders: list[tuple[int, ...]]) -> Tensor:
+    """Nats [B]: mean over the orders of the units of the sum of -log marginals along the order."""
+    return -_log_probs_along_orders(predict, codec, tokens, orders).mean(0)
+
+
+def nll_over_orders(predict: Predict, codec: Codec, tokens: Tensor, orders: list[tuple[int, ...]]) -> Tensor:
+    """Nats [B]: -log of the mean over the orders of the product of the marginals: one digit at a time, exactly."""
+    log_probs = _log_probs_along_orders(predict, codec, tokens, orders)
     return log(len(log_probs)) - log_probs.logsumexp(0)
 
 
@@ -156,13 +167,13 @@ def _token_cost(predict: Predict, codec: Codec, tokens: Tensor, mask: Tensor) ->
     return -group_log_probs(predict, codec, tokens, mask, mask).sum(-1)
 
 
-def _log_probs_along_orders(predict: Predict, codec: Codec, tokens: Tensor) -> Tensor:
-    """[N!, B]: log of the product of the marginals along each order of the N units."""
+def _log_probs_along_orders(predict: Predict, codec: Codec, tokens: Tensor, orders: list[tuple[int, ...]]) -> Tensor:
+    """[orders, B]: log of the product of the marginals along each order of the N units."""
     length, granularity = tokens.shape[1], codec.granularity
     marginal: dict[tuple[int, frozenset[int]], Tensor] = {}
     units = range(length * granularity)
     rows = []
-    for order in permutations(units):
+    for order in orders:
         row = torch.zeros(len(tokens), dtype=torch.float64)
         for step, unit in enumerate(order):
             hidden = frozenset(order[step:])

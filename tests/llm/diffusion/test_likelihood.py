@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm.diffusion import likelihood
+from llm.diffusion import likelihood, masking
 from llm.diffusion.codec import Codec, build_codec
 from llm.diffusion.likelihood import Draws, Estimate, JointLoss
 from tests.llm.diffusion import enumeration as exact
@@ -137,10 +137,11 @@ def test_the_bound_is_the_mean_over_orders_and_never_below_the_likelihood_of_the
     codec = build_codec(vocab_size, granularity)
     model = exact.random_model(codec, length, seed=vocab_size)
     tokens = exact.all_sequences(vocab_size, length)
+    orders = exact.all_orders(length, granularity)
     bound = expectation(likelihood.digit_nll, model, codec, tokens, whole=False)
-    torch.testing.assert_close(bound, exact.nelbo_subtoken_over_orders(model, codec, tokens), atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(bound, exact.nelbo_over_orders(model, codec, tokens, orders), atol=1e-12, rtol=0.0)
     torch.testing.assert_close(bound, exact.nelbo_subtoken(model, codec, tokens), atol=1e-12, rtol=0.0)
-    nll = exact.nll_over_orders(model, codec, tokens)
+    nll = exact.nll_over_orders(model, codec, tokens, orders)
     assert (bound >= nll - 1e-12).all() and (bound - nll).max() > 1e-3
     assert float(torch.exp(-nll).sum()) == pytest.approx(1.0, abs=1e-13)
 
@@ -150,14 +151,14 @@ def test_the_bound_is_tight_when_all_orders_agree():
     model, tokens = exact.posterior(joint, codec), exact.all_sequences(4, 2)
     nll = -joint.flatten().log()
     torch.testing.assert_close(expectation(likelihood.digit_nll, model, codec, tokens, whole=False), nll)
-    torch.testing.assert_close(exact.nll_over_orders(model, codec, tokens), nll)
+    torch.testing.assert_close(exact.nll_over_orders(model, codec, tokens, exact.all_orders(2, 2)), nll)
 
 
 def test_the_joint_loss_is_below_the_likelihood_of_some_model_on_some_sequence():
     codec, joint = build_codec(4, 2), table(0.5, 0.0, 0.0, 0.5)
     model, tokens = exact.posterior(joint, codec), torch.tensor([[0], [3]])
     loss = expectation(likelihood.token_nll, model, codec, tokens, whole=False)
-    assert (loss < exact.nll_over_orders(model, codec, tokens) - 0.3).all()
+    assert (loss < exact.nll_over_orders(model, codec, tokens, exact.all_orders(1, 2)) - 0.3).all()
 
 
 def test_the_token_bound_of_a_digit_model_is_the_masked_diffusion_bound_of_the_same_conditional():
@@ -173,6 +174,80 @@ def test_the_token_bound_of_a_digit_model_is_the_masked_diffusion_bound_of_the_s
     of_tokens = expectation(likelihood.digit_nll, whole_tokens, plain, tokens, whole=False)
     torch.testing.assert_close(of_digits, of_tokens, atol=1e-12, rtol=0.0)
     torch.testing.assert_close(of_digits, exact.nelbo_token(model, codec, tokens), atol=1e-12, rtol=0.0)
+
+
+# Layers: all first digits before any second one
+
+
+def layered_expectation(predict: exact.Predict, codec: Codec, tokens: Tensor) -> Tensor:
+    """Nats [B]: the exact mean of nelbo_layered over the masks of every layer, with the library's own states."""
+    backbone, length = exact.as_backbone(predict, codec.vocab_size), tokens.shape[1]
+    total = torch.zeros(len(tokens), dtype=torch.float64)
+    for index in range(codec.granularity):
+        layer = torch.full((len(tokens),), index)
+        for mask in exact.all_masks(length):
+            own = mask.view(1, length, 1).expand(len(tokens), -1, -1)
+            hidden = masking.layered(own, layer, codec.granularity)
+            due = own & (torch.arange(codec.granularity) == index)
+            weight = exact.subset_weight(int(mask.sum()), length)
+            total += weight * likelihood.group_nll(backbone, tokens, hidden, due, codec)
+    return total
+
+
+@pytest.mark.parametrize(("length", "vocab_size", "granularity"), [(1, 4, 2), (2, 4, 2), (2, 3, 2), (2, 7, 3)])
+def test_the_layered_bound_is_the_mean_over_layered_orders_and_never_below_the_likelihood_of_their_sampler(
+    length: int, vocab_size: int, granularity: int
+):
+    codec = build_codec(vocab_size, granularity)
+    model, tokens = exact.random_model(codec, length, seed=4), exact.all_sequences(vocab_size, length)
+    orders = exact.layered_orders(length, granularity)
+    bound, nll = layered_expectation(model, codec, tokens), exact.nll_over_orders(model, codec, tokens, orders)
+    torch.testing.assert_close(bound, exact.nelbo_over_orders(model, codec, tokens, orders), atol=1e-12, rtol=0.0)
+    assert (bound >= nll - 1e-12).all()
+    assert float(torch.exp(-nll).sum()) == pytest.approx(1.0, abs=1e-13)
+
+
+def test_with_the_perfect_predictor_the_layered_bound_is_the_negative_log_likelihood_whatever_the_code():
+    joint, tokens = exact.copy_joint(), exact.all_sequences(4, 2)
+    for order in ((0, 1, 2, 3), (2, 0, 3, 1)):
+        codec = build_codec(4, 2, permutation=np.array(order))
+        bound = layered_expectation(exact.posterior(joint, codec), codec, tokens)
+        torch.testing.assert_close(bound, -joint.flatten().log(), atol=1e-12, rtol=0.0)
+
+
+@pytest.mark.parametrize("estimator", ["E1", "E2"])
+def test_the_layered_estimators_have_the_enumerated_mean(estimator: likelihood.Estimator):
+    codec = build_codec(7, 3)
+    model, tokens = exact.random_model(codec, 2, seed=6), exact.all_sequences(7, 2)[[3, 20, 41]]
+    generator = torch.Generator().manual_seed(0)
+    draws = likelihood.nelbo_layered(
+        exact.as_backbone(model, 7),
+        tokens.repeat(2000, 1),
+        codec,
+        lambda draw, count: torch.rand(6000, count, generator=generator, dtype=torch.float64),
+        draws=1,
+        estimator=estimator,
+    )
+    values = draws.values.view(2000, 3)
+    error = values.std(0) / math.sqrt(2000)
+    assert ((values.mean(0) - layered_expectation(model, codec, tokens)).abs() < 4 * error).all()
+    assert draws.name == "nelbo_layered" and isinstance(draws.estimate(), Estimate)
+
+
+def test_the_layers_of_a_region_leave_its_context_visible():
+    codec, seen = build_codec(4, 2), []
+    tokens, scored = torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]])
+
+    def spy(digits: Tensor, readout: Callable) -> Tensor:
+        seen.append(digits.clone())
+        return exact.as_backbone(exact.uniform_model(codec), 4)(digits, readout)
+
+    value = likelihood.nelbo_layered(
+        spy, tokens, codec, lambda draw, n: torch.full((1, n), 0.7), draws=1, scored=scored
+    )
+    assert all(torch.equal(digits[:, 0], codec.encode(tokens[:, 0])) for digits in seen)
+    assert [int((digits == 2).sum()) for digits in seen] == [4, 2]  # both first digits and all second; the second alone
+    assert float(value.values) == pytest.approx(2 * math.log(4), abs=1e-12)
 
 
 FINITE_STEPS = {  # steps: nats on O-D with l = 1 and l = 2

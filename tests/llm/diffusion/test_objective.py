@@ -1,5 +1,6 @@
 """The training objectives: exact charges, mixtures, the l = 1 case, and a short training run on known data."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +128,51 @@ def test_each_bound_charges_the_sequences_masked_in_its_own_way():
         )
         alone, _, _ = loss_and_gradients(model, MaskedObjective(terms={name: 1.0}), part, codec)
         torch.testing.assert_close(alone, metrics[f"{name}_sum"])
+
+
+@pytest.mark.parametrize(("vocab_size", "granularity"), [(4, 2), (7, 3)])
+def test_the_mean_of_the_layered_loss_over_times_and_masks_is_the_layered_bound(vocab_size: int, granularity: int):
+    codec = build_codec(vocab_size, granularity)
+    model, tokens = exact.random_model(codec, 2, seed=1), exact.all_sequences(vocab_size, 2)[:5]
+    backbone = exact.as_backbone(model, vocab_size)
+    aim = MaskedObjective(terms={"nelbo_layered": 1.0}, t_min=1e-9)
+    aim.check(codec, can_group=False, can_split=True, in_layers=True)
+    nodes, weights = np.polynomial.legendre.leggauss(4)  # exact: the integrand is a polynomial in the window's time
+    total, metric = torch.zeros((), dtype=torch.float64), 0.0
+    for index in range(granularity):
+        for node, weight in zip((nodes + 1) / 2, weights / 2 / granularity, strict=True):
+            layer, within = masking.layer_at(
+                torch.full((5,), (granularity - 1 - index + node) / granularity, dtype=torch.float64), granularity
+            )
+            assert layer.tolist() == [index] * 5
+            for mask in exact.all_masks(2):
+                chance = float(node ** int(mask.sum()) * (1 - node) ** (2 - int(mask.sum())))
+                hidden = masking.layered(mask.view(1, 2, 1).expand(5, -1, -1), layer, granularity)
+                batch = MaskedBatch(tokens=tokens, mask=hidden, times=within, layer=layer)
+                loss = backbone(batch.inputs(codec), objective.masked_readout(aim, batch, codec))
+                total += weight * chance * loss.loss_sum
+                metric += weight * chance * float(loss.metrics["nelbo_layered_sum"])
+                assert not {"loss_ce_joint_sum", "nelbo_subtoken_sum"} & set(loss.metrics)
+    expected = exact.nelbo_over_orders(model, codec, tokens, exact.layered_orders(2, granularity)).sum()
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+    assert metric == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_layers_and_whole_tokens_mix_in_one_batch_each_charged_by_its_own_bound():
+    codec = build_codec(50, 6)
+    grouped, layer = torch.tensor([True, False, True]), torch.tensor([0, 2, 5])
+    plain = batch_of(codec, 3, 5, grouped=grouped)
+    by_layer = masking.layered(plain.mask[..., :1], layer, 6)
+    mask = torch.where(grouped[:, None, None], plain.mask, by_layer)
+    batch = MaskedBatch(tokens=plain.tokens, mask=mask, times=plain.times, grouped=grouped, layer=layer)
+    both = MaskedObjective(terms={"nelbo_layered": 1.0, "nelbo_token": 1.0})
+    both.check(codec, can_group=True, can_split=True, in_layers=True)
+    model = TinyModel(codec, 5)
+    loss, _, metrics = loss_and_gradients(model, both, batch, codec)
+    torch.testing.assert_close(loss, metrics["nelbo_layered_sum"] + metrics["nelbo_token_sum"])
+    alone = MaskedBatch(tokens=plain.tokens[1:2], mask=mask[1:2], times=plain.times[1:2], layer=layer[1:2])
+    only, _, _ = loss_and_gradients(model, MaskedObjective(terms={"nelbo_layered": 1.0}), alone, codec)
+    torch.testing.assert_close(only, metrics["nelbo_layered_sum"])
 
 
 def test_the_published_recipe_charges_every_position_without_a_filter():

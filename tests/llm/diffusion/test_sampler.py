@@ -22,12 +22,21 @@ from llm.diffusion.sampler import (
     start,
     tempered,
 )
-from tests.llm.diffusion.enumeration import copy_joint, posterior, random_model, sampler_law
+from tests.llm.diffusion.enumeration import (
+    all_sequences,
+    copy_joint,
+    layered_orders,
+    nll_over_orders,
+    posterior,
+    random_model,
+    sampler_law,
+)
 
 ORDERS = [
     ("ancestral", "digit"),
     ("ancestral", "token"),
     ("ancestral", "schedule"),
+    ("layers", "digit"),
     ("random", "digit"),
     ("random", "token"),
     ("left_to_right", "digit"),
@@ -35,6 +44,11 @@ ORDERS = [
     ("confidence", "digit"),
     ("confidence", "token"),
 ]
+
+
+def correctors(order: str, passes: int) -> int:
+    """A corrector hides digits in any order, which layers do not know."""
+    return 0 if order == "layers" else passes
 
 
 def at_positions(dense) -> Predict:
@@ -174,6 +188,30 @@ def test_the_plan_reveals_what_is_still_hidden_at_step_k_with_probability_one_in
     torch.testing.assert_close(at_step / hidden, 1 / (steps - torch.arange(steps).float()))
 
 
+def test_layers_reveal_every_first_digit_before_any_second_one():
+    codec = build_codec(27, 3)
+    calls: list[tuple[Tensor, Tensor]] = []
+    digits, frozen = nothing_given(4, 6, codec)
+    model = recorded(at_positions(lambda d: torch.zeros(*d.shape[:2], 27, dtype=torch.float64)), calls)
+    sample(digits, frozen, codec=codec, predict=model, draw=streams(4), config=SamplerConfig(steps=30, order="layers"))
+    for state, _ in calls:
+        hidden = (state == codec.mask_symbol).any(1)  # [B, l], of any token
+        shown = (state != codec.mask_symbol).any(1)
+        assert not (hidden[:, :-1] & shown[:, 1:]).any()
+
+
+def test_layers_in_many_steps_have_the_law_of_layered_orders():
+    codec, steps = build_codec(3, 2), 200
+    model, tokens = random_model(codec, 2, seed=8), all_sequences(3, 2)
+    expected = torch.exp(-nll_over_orders(model, codec, tokens, layered_orders(2, 2)))
+    digits, frozen = nothing_given(20_000, 2, codec)
+    config = SamplerConfig(steps=steps, order="layers")
+    drawn = sample(digits, frozen, codec=codec, predict=at_positions(model), draw=streams(20_000), config=config)
+    found = torch.bincount((drawn.tokens * torch.tensor([3, 1])).sum(-1), minlength=9) / 20_000
+    # both digits of a layer in one of its 100 steps: probability 1/100, hence the slack of 0.01
+    assert ((found - expected).abs() < 0.01 + 4 * (expected * (1 - expected) / 20_000).sqrt()).all()
+
+
 def test_a_schedule_reveals_whole_tokens_above_its_chunk_point_and_independent_digits_below():
     steps, chunk_point = 8, 0.5
     whole = reveal.token_steps(steps, chunk_point)
@@ -227,7 +265,7 @@ def test_some_token_fits_every_state_and_every_result_is_a_token_though_codes_ar
         assert bool(consistent(digits.flatten(0, 1), codec).any(-1).all())
         return dense(digits)[where]
 
-    options = {"order": order, "group": group, "corrector_steps": 3, "corrector_fraction": 0.4}
+    options = {"order": order, "group": group, "corrector_steps": correctors(order, 3), "corrector_fraction": 0.4}
     for steps in (1, 2, 7):
         out = generate(codec, predict, 200, 3, steps=steps, **options)
         assert bool(((out.tokens >= 0) & (out.tokens < vocab_size)).all())
@@ -241,7 +279,9 @@ def test_prefix_infix_and_suffix_never_change_not_even_in_correctors(order, grou
     frozen = torch.rand(batch, 3, generator=torch.Generator().manual_seed(1)) < 0.5
     known = codec.encode(given)[frozen]
     calls: list[tuple[Tensor, Tensor]] = []
-    config = SamplerConfig(steps=4, order=order, group=group, corrector_steps=4, corrector_fraction=0.5, block_length=1)
+    config = SamplerConfig(
+        steps=4, order=order, group=group, corrector_steps=correctors(order, 4), corrector_fraction=0.5, block_length=1
+    )
     predict = recorded(at_positions(dense), calls)
     digits = start(given, frozen, codec)
     out = sample(digits, frozen, codec=codec, predict=predict, draw=streams(batch), config=config)
@@ -306,7 +346,7 @@ def test_a_sequence_does_not_depend_on_the_batch_it_is_generated_in():
     frozen = torch.tensor([[True, True, False], [False, False, False]] * 3)
     digits = start(torch.full((batch, 3), 2), frozen, codec)
     for order, group in ORDERS:
-        config = SamplerConfig(steps=3, order=order, group=group, block_length=2, corrector_steps=2)
+        config = SamplerConfig(steps=3, order=order, group=group, block_length=2, corrector_steps=correctors(order, 2))
         whole = sample(digits, frozen, codec=codec, predict=dense, draw=streams(batch), config=config).tokens
         for row in range(2):
             alone = sample(
@@ -447,7 +487,7 @@ def test_a_sequence_with_nothing_to_generate_costs_nothing():
         raise AssertionError("nothing to ask")
 
     for order, group in ORDERS:
-        config = SamplerConfig(steps=5, order=order, group=group, corrector_steps=2)
+        config = SamplerConfig(steps=5, order=order, group=group, corrector_steps=correctors(order, 2))
         out = sample(start(given, frozen, codec), frozen, codec=codec, predict=predict, draw=streams(2), config=config)
         assert torch.equal(out.tokens, given)
         assert (out.evaluations, out.idle_steps.tolist(), out.batch_idle_steps) == (0, [5, 5], 5)

@@ -4,8 +4,10 @@ import math
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -196,6 +198,24 @@ def test_scores_are_those_of_the_harness_own_model_on_the_same_weights(kind: str
         texts = instances([("the cat sat on the mat " * 6,), ("a dog",)], "loglikelihood_rolling")
         rolled = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
         assert model.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(rolled, rel=1e-6)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_continued_with_what_each_request_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate_until(_: Any, pairs: list[Any], config: Any, *, add_bos: bool, progress: Any) -> list[str]:
+        assert (config, add_bos) == ("config", False)
+        progress(len(pairs))
+        return [prompt.upper() + settings["until"] for prompt, settings in pairs]
+
+    generation = SimpleNamespace(generate_until=generate_until, GenerationConfig=lambda: "config")
+    monkeypatch.setitem(sys.modules, "llm.evals.generation", generation)
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, {"until": stop}), idx=0)
+        for prompt, stop in [("a", "x"), ("b", "y")]
+    ]
+    assert HarnessModel(tiny("ar"), ScoringConfig(add_bos=False)).generate_until(requests) == ["Ax", "By"]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_the_bound_lies_above_the_enumerated_likelihood_and_the_chain_sums_to_on
     codec = build_codec(4, 2)
     model, requests = exact.random_model(codec, 2, seed=6), everything(4, 2, 0)
     scorable = known(model, codec, family="prime")
-    nll = exact.nll_over_orders(model, codec, exact.all_sequences(4, 2))
+    nll = exact.nll_over_orders(model, codec, exact.all_sequences(4, 2), exact.all_orders(2, 2))
     bound = -values(scorable, requests, estimator="nelbo_subtoken")
     assert (bound >= nll - 1e-12).all() and (bound - nll).max() > 1e-3
     assert float(values(scorable, requests, estimator="nll_chain").exp().sum()) == pytest.approx(1.0, abs=1e-12)

@@ -123,6 +123,8 @@ def test_budgets_families_and_the_ladder_choose_seeds_and_sizes_in_this_order(la
         ("sizes={'a/b': {}}", "sizes.a/b: a name is part of a path"),
         ("families={}", "families is empty"),
         ("evaluation.sequences=1", "a standard error needs at least 2"),
+        ("settings.evaluation.draws=3", r"settings\.evaluation\.draws is worked out .* use the section evaluation"),
+        ("settings.schedule.warmup_steps=3", r"use rate\.warmup_fraction"),
         ("rate.warmup_fraction=2", r"rate.warmup_fraction = 2\.0"),
     ],
 )
@@ -140,6 +142,13 @@ def test_files_are_found_from_the_file_that_names_them(ladder: Path, tmp_path: P
     assert one.experiment["model"]["width"] == 64
     assert one.experiment["train"]["micro_batch"] == 4
     assert one.experiment["run"] == {"name": "mdm/s-1e09-s0", "seed": 0}
+
+
+def test_settings_win_over_what_the_other_sections_say(ladder: Path) -> None:
+    settings = "settings={model: {width: 48}, train: {log_every: 7, global_batch: 4}}"
+    tree = plan(ladder, settings, "budgets=[{flops: 1e9, global_batch: 16}]")["mdm/m-1e09-s0"].experiment
+    assert tree["model"]["width"] == 48
+    assert (tree["train"]["log_every"], tree["train"]["global_batch"]) == (7, 4)
 
 
 def test_the_hash_of_a_point_is_of_what_decides_its_result(ladder: Path) -> None:
@@ -182,7 +191,7 @@ def test_workers_take_the_points_in_order() -> None:
     assert table.wall_seconds([1.0, 1.0, 1.0, 5.0], jobs=2) == 6.0
 
 
-@pytest.mark.parametrize("name", ["paper_scale", "paper_slim", "study"])
+@pytest.mark.parametrize("name", ["paper_scale", "paper_slim", "study", "try"])
 def test_the_ladders_of_the_repository_spend_their_budgets(name: str) -> None:
     ladder = load_ladder(ROOT / f"configs/llm/scaling/{name}.yaml")
     for one in plan_ladder(ladder):

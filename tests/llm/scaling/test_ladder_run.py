@@ -5,17 +5,22 @@ Most tests put a stand-in for the training process, which needs milliseconds; th
 
 import json
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from launch.errors import ConfigError
+from launch import slurm
+from launch.errors import ClusterError, ConfigError
 from launch.metrics import read_metrics
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
-from llm.scaling import run
+from llm.scaling import cluster, run
+from llm.scaling import study as studies
 from llm.scaling.config import load_ladder
 from llm.scaling.plan import plan_ladder
 from llm.scaling.point import read_result, read_results
@@ -40,6 +45,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 facts = json.loads((folder / "point.json").read_text())
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 with (folder.parent.parent / "started").open("a") as file:
     file.write(facts["point"]["name"] + chr(10))
 fate = json.loads(os.environ.get("STAND_IN", "{}")).get(facts["point"]["name"])
@@ -50,7 +56,6 @@ if fate == "user":
 if fate == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if fate == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     time.sleep(60)
 estimated = dict(nats_per_token=3.0, standard_error=0.1, estimator="E2", draws=2)
 result = dict(config_hash=facts["config_hash"], point=facts["point"], estimates=dict(nelbo_token=estimated), joint=None,
@@ -153,7 +158,7 @@ def test_more_points_and_another_way_of_running_them_change_no_point(ladder: Pat
 
 def test_two_calls_at_a_time_are_refused(ladder: Path, stand_in, tmp_path: Path) -> None:
     study = tmp_path / "study"
-    with run.one_at_a_time(study), pytest.raises(ConfigError, match="another `unmask scaling run` is at work"):
+    with studies.one_at_a_time(study), pytest.raises(ConfigError, match="another `unmask scaling run` is at work"):
         run.main([str(ladder), "--out", str(study)])
     assert started(study) == []
 
@@ -161,17 +166,53 @@ def test_two_calls_at_a_time_are_refused(ladder: Path, stand_in, tmp_path: Path)
 def test_ctrl_c_lets_the_points_save_and_starts_no_more(ladder: Path, tmp_path: Path, stand_in) -> None:
     study = tmp_path / "study"
     fates(stand_in, _0="wait")
-    pid = os.fork()
-    if pid == 0:  # signals are for the main thread of a process
-        os._exit(run.main([str(ladder), "--out", str(study), "--jobs", "1"]))
-    wait_for(lambda: started(study) == NAMES[:1])
-    time.sleep(0.3)  # the stand-in installs its handler
-    os.kill(pid, signal.SIGINT)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == EXIT_STOPPED
+
+    def press_ctrl_c() -> None:
+        wait_for(lambda: started(study) == NAMES[:1])
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    assert run.main([str(ladder), "--out", str(study), "--jobs", "1"]) == EXIT_STOPPED
+    thread.join()
     assert started(study) == NAMES[:1]
-    assert not (study / NAMES[0] / "failure.json").exists()
+    assert not any((study / NAMES[0] / name).exists() for name in ("failure.json", "result.json"))
     stand_in.delenv("STAND_IN")
     assert run.main([str(ladder), "--out", str(study)]) == EXIT_OK
+
+
+def test_a_cluster_gets_what_is_to_do_as_one_array(ladder: Path, tmp_path: Path, stand_in, capsys) -> None:
+    study = tmp_path / "study"
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("{time: 1h, python: python3, nodes: 1, processes_per_node: 1}")
+    (tmp_path / "bin").mkdir()
+    for name, body in {"sbatch": f"cp $2 {tmp_path}/submitted; echo 17", "squeue": "exit 0"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!{shutil.which('bash')}\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    stand_in.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    stand_in.setattr(cluster, "check_configurations", lambda *_: "")
+    assert run.main([str(ladder), "--out", str(study), "--only", "*/s-1e08-s0"]) == EXIT_OK
+    capsys.readouterr()
+
+    call = [str(ladder), "--out", str(study), "--cluster", str(profile), "--at-once", "2"]
+    assert run.main([*call, "--dry-run"]) == EXIT_OK
+    assert "#SBATCH --array=0-3%2" in capsys.readouterr().out
+    assert not (tmp_path / "submitted").exists()
+
+    assert run.main(call) == EXIT_OK
+    script = (tmp_path / "submitted").read_text()
+    assert "module=llm.scaling.train" in script
+    assert f"#SBATCH --output={study}/jobs/%A_%a.log" in script
+    assert started(study) == ["mdm/s-1e08-s0", "prime/s-1e08-s0"]
+    assert slurm.points_of(study) == [study / name for name in NAMES[2:]]
+    for i, name in enumerate(NAMES[2:]):
+        assert (record := slurm.read_record(study / name)) is not None and record.job_id == f"17_{i}"
+        assert yaml.safe_load((study / name / "job.yaml").read_text())["run"]["dir"] == str(study / name)
+        assert os.readlink(study / name / "job.log") == f"../../jobs/17_{i}.log"
+
+    (tmp_path / "bin" / "squeue").write_text(f"#!{shutil.which('bash')}\necho '17_2|RUNNING|0:00|1:00|n1|None'\n")
+    with pytest.raises(ClusterError, match="job 17_2 already"):  # here or there, but not twice
+        run.main([str(ladder), "--out", str(study)])
 
 
 def test_a_point_has_every_estimate_under_its_own_name(ladder: Path, tmp_path: Path, tiny: runs.Tiny) -> None:
@@ -179,7 +220,7 @@ def test_a_point_has_every_estimate_under_its_own_name(ladder: Path, tmp_path: P
     study = tmp_path / "study"
     planned = {one.point.name: one for one in plan_ladder(load_ladder(ladder))}
     for name in ("mdm/s-1e08-s0", "prime/s-1e08-s0"):
-        run.prepare(planned[name], study / name, keep_checkpoints="last")
+        studies.prepare(planned[name], study / name, keep_checkpoints="last")
         runs.train(study / name / "experiment.yaml", 1, study / name, task=PointTask)
     mdm, prime = (read_result(study / name / "result.json") for name in ("mdm/s-1e08-s0", "prime/s-1e08-s0"))
     assert mdm.estimates.keys() == {"nelbo_token", "nll_chain"}
@@ -218,7 +259,7 @@ def test_a_kill_in_the_middle_loses_no_finished_point_and_repeats_none(ladder: P
     assert f"3 points, {len(finished)} done" in ended.output
     assert len(read_results(study)) == 3
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
-    assert not [*study.glob("*/*/checkpoints")]
+    assert not [path for name in ("checkpoints", "report", "tb") for path in study.glob(f"*/*/{name}")]
 
 
 def wait_for(condition, process=None, seconds: float = 120) -> None:
