@@ -8,6 +8,7 @@ checkpoint, and an exported folder carries a copy.
 """
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,6 @@ import numpy as np
 from launch.errors import DataError
 from llm.data.shards import TokenDataset
 from llm.data.word_classes import by_classes
-from llm.diffusion.codec import smallest_base
 
 Kind = Literal["classes", "similarity", "frequency"]
 FORMAT = "unmask-code-1"
@@ -43,7 +43,9 @@ def make_code(data: Path, kind: Kind, out: Path, *, granularity: int = 2) -> np.
     counts = neighbour_counts(dataset)
     match kind:
         case "classes":
-            order = by_classes(counts, base=smallest_base(size, granularity), granularity=granularity)
+            order = by_classes(
+                counts, base=next(b for b in count(2) if b**granularity >= size), granularity=granularity
+            )
         case "similarity":
             order = by_similarity(counts)
         case "frequency":
