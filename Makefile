@@ -37,11 +37,11 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 install: $(BIN)/.installed
 
 demo: install
-	$(BIN)/unmask data fetch prose-21 $(FETCH)
+	$(BIN)/unmask data fetch prose-21 eval $(FETCH)
 	$(BIN)/python -m llm.demo
 
 test: install
-	$(BIN)/unmask data fetch prose-21 tokenizers
+	$(BIN)/unmask data fetch prose-21 tokenizers eval
 	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "not slow and not slurm and not gpu"
 
 test-slow: install

@@ -24,7 +24,7 @@ from launch.stop import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, MEANING
 _VERBS = {
     "train": "train an experiment, or go on with it: unmask train CONFIG [key=value ...] [--nproc N]",
     "resume": "go on with a run: unmask resume RUN [key=value ...] [--nproc N]",
-    "eval": "valid likelihood bounds of a run's model: unmask eval RUN [RUN ...]",
+    "eval": "valid likelihood bounds, or zero-shot tasks: unmask eval RUN [RUN ...] [--tasks NAMES]",
     "sample": "text from a run's model: unmask sample RUN [--prompt TEXT]",
     "export": "a Hugging Face style folder from a run: unmask export RUN --to DIR",
     "submit": "the same as a SLURM job: unmask submit CONFIG [key=value ...] --cluster YAML [--nodes N]",
@@ -150,11 +150,14 @@ def _closed(code: int, folder: Path) -> int:
 
 
 def _on_run(verb: str, argv: Sequence[str]) -> int:
-    """eval, sample, export: the room of the first folder named has the module and its own --help."""
+    """eval, sample, export: the room of the first folder named has the module and its own --help.
+
+    The language room evaluates models that are no folder of ours, too, and says itself what it cannot open.
+    """
     named = [a for a in argv if not a.startswith("-")]
     room = next((room for name in named if (room := _room(name)) is not None), None)
     if room is None:
-        if "-h" in argv or "--help" in argv:
+        if verb == "eval" or "-h" in argv or "--help" in argv:
             room = "llm"
         elif not named:
             raise ConfigError(f"unmask {verb} needs a run folder; {_VERBS[verb]}")

@@ -153,9 +153,13 @@ class EvaluationConfig:
     sequences: Count | None = 512  # validation blocks while training, spread over the split; null for all
     batch: int = 32  # sequences per rank and forward
     seed: int = 0  # of the evaluation's own noise: the same masks at every evaluation
+    tasks: tuple[str, ...] = ()  # zero-shot tasks to score as well; names as in `unmask eval --list-tasks`
+    task_limit: Count | None = 100  # documents of each task, the first ones; null for all
+    tasks_every: Count | None = None  # steps between them, at evaluations that fall on it; null for every evaluation
+    task_draws: int = 32  # masks of an answer (masked families)
 
     def check(self, path: str) -> None:
-        for name in ("draws", "steps", "sequences", "batch"):
+        for name in ("draws", "steps", "sequences", "batch", "task_limit", "tasks_every", "task_draws"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{path}.{name} = {value}; the smallest is 1")

@@ -1,4 +1,4 @@
-"""The demo: ARM, MDM, Prime and Prime-v2 on real English with equal token budgets, judged by valid bounds.
+"""The demo: ARM, MDM, Prime and Prime-v2 on real English with equal token budgets: valid bounds, zero-shot tasks.
 
 `make demo` runs this. Every run is an ordinary `unmask train` of a file in configs/llm/tiny; each trains in two
 processes, Prime-v2 under FSDP2, and it is killed with SIGKILL half way and resumed. Nothing here is special to the
@@ -21,8 +21,10 @@ from typing import Any
 import torch
 
 from launch.checkpoint import layout
+from launch.errors import DataError
 from launch.metrics import read_metrics
 from launch.stop import EXIT_OK
+from llm.data.fetch import package_folder
 from llm.diffusion.reveal import predicted_idle_ratio
 from llm.evaluate import RECORD
 from llm.generate import generate, write_samples
@@ -30,6 +32,7 @@ from llm.pretrained import load_pretrained, read_config
 
 DATA = Path("data/prose-21-bpe288")
 NAMES = ("arm", "mdm", "prime", "primev2")
+TASKS = ("arc_easy", "sciq", "piqa", "boolq")
 TITLES = {"arm": "ARM", "mdm": "MDM", "prime": "Prime, l = 4", "primev2": "Prime-v2, binary, shuffled"}
 
 
@@ -51,11 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _unmask("eval", *runs, *limits)
     rows = [_summary(name, options.runs / name) for name in NAMES]
     table = format_table(rows)
+    tasks = _zero_shot(runs, options.nproc)
     picture = draw(rows, options.runs)
     samples = "\n\n".join(f"### {TITLES[n]}\n\n{(options.runs / n / 'demo-samples.md').read_text()}" for n in NAMES)
     report = options.runs / "report.md"
-    report.write_text(f"# Demo\n\n{table}\n\n![bounds]({picture.name})\n\n## Samples\n\n{samples}")
-    print(f"\n{table}\n\nreport {report}, picture {picture}, {time.monotonic() - begin:.0f} s in all")
+    report.write_text(
+        f"# Demo\n\n{table}\n\n![bounds]({picture.name})\n\n## Zero-shot tasks\n\n{tasks}\n\n## Samples\n\n{samples}"
+    )
+    print(f"\n{table}\n\n{tasks}\n\nreport {report}, picture {picture}, {time.monotonic() - begin:.0f} s in all")
     too_high = [row["title"] for row in rows if row["bound"] > row["unigram"] - 0.1]
     if too_high:
         print(f"not well below the unigram entropy: {', '.join(too_high)}", file=sys.stderr)
@@ -88,6 +94,19 @@ def _train(name: str, run: Path, nproc: int, overrides: Sequence[str], *, kill: 
         _unmask("resume", str(run), "--nproc", str(nproc))
         return
     _unmask("train", *config, "--nproc", str(nproc))
+
+
+def _zero_shot(runs: Sequence[str], nproc: int) -> str:
+    """A table of a few public tasks. Models this small are at chance: that is what the columns beside them show."""
+    try:
+        package_folder("eval")
+    except DataError as error:
+        return f"No zero-shot tasks: {error}."
+    _unmask("eval", *runs, "--tasks", ",".join(TASKS), "--limit", "100", "--draws", "8", "--nproc", str(nproc))
+    from llm.evals.report import format_table as format_tasks
+    from llm.evals.report import newest_results
+
+    return format_tasks([newest_results(Path(run) / "tasks") for run in runs])
 
 
 def _half_way(run: Path) -> bool:

@@ -1,11 +1,13 @@
-"""`unmask eval RUN ...`: valid likelihood bounds of trained models, side by side.
+"""`unmask eval RUN ...`: valid likelihood bounds of trained models, or zero-shot tasks, side by side.
 
 Perplexities come from valid estimators only and carry their name, standard error and number of draws.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,10 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from launch import runtime as runtimes
+from launch.errors import ConfigError
+from launch.local import run_local
 from launch.runtime import Runtime
+from launch.stop import EXIT_OK
 from llm.config import EvaluationConfig
 from llm.data.shards import Split, TokenDataset
 from llm.diffusion.likelihood import Estimate, Order
@@ -23,52 +28,151 @@ from llm.pretrained import load_pretrained
 
 BOUNDS = ("nelbo_token", "nelbo_subtoken", "nelbo_layered", "nelbo_steps", "nll_chain", "loss_ce_joint")
 _OF_CONFIG = ("draws", "batch", "steps", "order")  # flags that stand before the run's own evaluation section
+_DEFAULT_BOUNDS = ("nelbo_token", "nelbo_subtoken", "loss_ce_joint")
+_ESTIMATORS = ("auto", "nll_ar", "nelbo_token", "nelbo_subtoken", "nll_chain", "ce_joint")
+_ONLY_BOUNDS = ("bounds", "split", "steps", "order", "sequences", "batch")
+_ONLY_TASKS = (
+    "limit",
+    "estimator",
+    "guidance",
+    "temperature",
+    "seed",
+    "batch_tokens",
+    "max_length",
+    "output",
+    "dry_run",
+)
+_PATIENCE_S = 24 * 3600.0  # ranks meet after hours of work of different lengths
+_DESCRIPTION = """\
+Valid likelihood bounds of models on held-out blocks; with --tasks, public zero-shot tasks instead.
+
+Bounds: ar models have one exact value, mdm one bound; prime models have several, all of them valid but loss_ce_joint,
+which is no bound and therefore has no perplexity.
+
+Tasks: prompts and metrics are those of lm-evaluation-harness, documents come from `unmask data fetch eval`. Every score
+stands beside the chance level and a unigram model; with several models the first is compared with the others document
+by document. Scores are kept as they come: the same command goes on where it was stopped.
+"""
+_EXAMPLES = """\
+examples:
+  unmask eval runs/tiny-arm runs/tiny-mdm runs/tiny-primev2 --draws 4 --sequences 512
+  unmask eval --list-tasks
+  unmask eval runs/tiny-mdm --tasks arc_easy,piqa --limit 100 --dry-run       how long it would take
+  unmask eval runs/tiny-arm runs/tiny-mdm --tasks arc_easy,piqa,heldout --limit 100 --nproc 2
+  unmask eval smollm2 --tasks hellaswag --limit 40      after `unmask data fetch eval smollm2 prose-21`
+  unmask eval EleutherAI/pythia-160m --tasks prime8 --data hub      with downloads, from the tasks' own sources
+"""
 RECORD = "evaluations.jsonl"  # in a run's folder: every estimate ever made of it, a line each, newest last
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    if options.list_tasks:
+        _need_harness()
+        from llm.evals.tasks import list_tasks
+
+        print(list_tasks())
+        return EXIT_OK
+    if not options.runs:
+        raise ConfigError("unmask eval needs a run folder, or the name of a model for --tasks; see unmask eval --help")
+    if options.nproc < 1:
+        raise ConfigError(f"--nproc {options.nproc}; the smallest is 1")
+    if options.nproc > 1 and "RANK" not in os.environ:
+        return run_local([sys.executable, "-m", "launch", "eval", *arguments], options.nproc)
+    if options.tasks is None:
+        _refuse(options, _ONLY_TASKS, "needs --tasks NAMES")
+    else:
+        _refuse(options, _ONLY_BOUNDS, "belongs to bounds on held-out blocks, which --tasks replaces")
+    runtime = runtimes.start(timeout_seconds=_PATIENCE_S)
+    try:
+        if options.tasks is None:
+            _evaluate_bounds(options, runtime)
+        else:
+            _need_harness()
+            from llm.evals.zero_shot import evaluate_models
+
+            evaluate_models(options, runtime)
+        runtime.barrier()
+    finally:
+        runtime.close()
+    return EXIT_OK
+
+
+def _evaluate_bounds(options: argparse.Namespace, runtime: Runtime) -> None:
+    given = {k: v for k in (*_OF_CONFIG, "sequences") if (v := getattr(options, k)) is not None}
+    EvaluationConfig(**given).check("evaluation")
+    rows = [row for run in options.runs for row in evaluate_run(Path(run), options, runtime)]
+    if runtime.is_main:
+        print(format_table(rows))
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")
+
+
+def _need_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("--tasks needs lm-evaluation-harness; install it with `pip install 'unmask[eval]'`")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unmask eval",
-        description=(
-            "Valid likelihood bounds of the models of one or several runs on held-out blocks. ar models have one exact "
-            "value; mdm one bound; prime models have several, all of them valid but loss_ce_joint, which is no bound "
-            "and therefore has no perplexity."
-        ),
-        epilog="example: unmask eval runs/tiny-arm runs/tiny-mdm runs/tiny-primev2 --draws 4 --sequences 512",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders or exported folders")
     parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="run folders or exported folders; with --tasks also Hugging Face folders or names, and smollm2",
+    )
+    parser.add_argument("--draws", type=int, metavar="N", help="masks a block (of the run: 1), or an answer (128)")
+    parser.add_argument(
+        "--data",
+        metavar="DIR|hub",
+        help="another data set of the same tokenizer (the first of the run); hub: stock tasks, with downloads",
+    )
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine (1)")
+
+    bounds = parser.add_argument_group("bounds on held-out blocks")
+    bounds.add_argument(
         "--bounds",
         nargs="+",
         choices=BOUNDS,
-        default=["nelbo_token", "nelbo_subtoken", "loss_ce_joint"],
         metavar="NAME",
         help=(
-            f"of {', '.join(BOUNDS)} (nelbo_token nelbo_subtoken loss_ce_joint). nelbo_steps bounds the sampler of "
-            "--steps; nll_chain is exact and costs a forward per token; ar models have nll_ar alone"
+            f"of {', '.join(BOUNDS)} ({' '.join(_DEFAULT_BOUNDS)}). nelbo_steps bounds the sampler of --steps; "
+            "nll_chain is exact and costs a forward per token; ar models have nll_ar alone"
         ),
     )
-    parser.add_argument(
-        "--split", choices=("validation", "test"), default="validation", help="which held-out documents (validation)"
+    bounds.add_argument("--split", choices=("validation", "test"), help="which held-out documents (validation)")
+    bounds.add_argument("--steps", type=int, metavar="T", help="sampler steps that nelbo_steps bounds (of the run: 64)")
+    bounds.add_argument("--order", choices=get_args(Order), help="of nll_chain (of the run: left_to_right)")
+    bounds.add_argument("--sequences", type=int, metavar="N", help="blocks, spread evenly over the split (all)")
+    bounds.add_argument("--batch", type=int, metavar="N", help="blocks per forward (of the run: 32)")
+
+    tasks = parser.add_argument_group("zero-shot tasks")
+    tasks.add_argument("--tasks", metavar="NAMES", help="with commas between them, such as hellaswag,arc_easy,prime8")
+    tasks.add_argument("--list-tasks", action="store_true", help="print the names that --tasks knows, and stop")
+    tasks.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task (all)")
+    tasks.add_argument(
+        "--estimator",
+        choices=_ESTIMATORS,
+        help="of a continuation's log-likelihood (auto: exact for causal models, nelbo_token for masked ones)",
     )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="another data set of the same tokenizer (the first of the run)"
-    )
-    parser.add_argument("--draws", type=int, metavar="N", help="Monte-Carlo draws per block and bound (of the run: 1)")
-    parser.add_argument("--steps", type=int, metavar="T", help="sampler steps that nelbo_steps bounds (of the run: 64)")
-    parser.add_argument("--order", choices=get_args(Order), help="of nll_chain (of the run: left_to_right)")
-    parser.add_argument("--sequences", type=int, metavar="N", help="blocks, spread evenly over the split (all)")
-    parser.add_argument("--batch", type=int, metavar="N", help="blocks per forward (of the run: 32)")
-    options = parser.parse_args(argv)
-    given = {k: v for k in (*_OF_CONFIG, "sequences") if (v := getattr(options, k)) is not None}
-    EvaluationConfig(**given).check("evaluation")
-    runtime = runtimes.start()
-    rows = [row for run in options.runs for row in evaluate_run(run, options, runtime)]
-    if runtime.is_main:
-        print(format_table(rows))
-    runtime.barrier()
-    runtime.close()
-    return 0
+    tasks.add_argument("--guidance", type=float, metavar="W", help="towards the context; ranks, is no likelihood (0)")
+    tasks.add_argument("--temperature", type=float, metavar="T", help="of the logits; ranks, is no likelihood (1)")
+    tasks.add_argument("--seed", type=int, metavar="N", help="of the masks (0)")
+    tasks.add_argument("--batch-tokens", type=int, metavar="N", help="tokens of a forward (16384)")
+    tasks.add_argument("--max-length", type=int, metavar="N", help="tokens of an input (as in training)")
+    tasks.add_argument("--output", metavar="DIR", help="results go to DIR/NAME (RUN/tasks, or evaluations/NAME)")
+    tasks.add_argument("--dry-run", action="store_true", help="print documents, requests, inputs and time, and stop")
+    return parser
 
 
 def evaluate_run(run: Path, options: argparse.Namespace, runtime: Runtime) -> list[dict[str, Any]]:
@@ -76,12 +180,14 @@ def evaluate_run(run: Path, options: argparse.Namespace, runtime: Runtime) -> li
     loaded = load_pretrained(run, runtime.device)
     changes = {k: v for k in _OF_CONFIG if (v := getattr(options, k)) is not None}
     evaluation: EvaluationConfig = dataclasses.replace(loaded.config.evaluation, **changes)
-    split: Split = options.split
-    path = options.data or Path(loaded.config.data.sources[0].path)
+    split: Split = options.split or "validation"
+    path = Path(options.data) if options.data else Path(loaded.config.data.sources[0].path)
     dataset = TokenDataset.open(path, split, loaded.config.data.block_length)
     blocks = heldout_blocks(dataset, options.sequences)
     names = [
-        n for n in loaded.language.bounds(options.bounds) if loaded.language.family == "prime" or n != "loss_ce_joint"
+        n
+        for n in loaded.language.bounds(options.bounds or _DEFAULT_BOUNDS)
+        if loaded.language.family == "prime" or n != "loss_ce_joint"
     ]
     train = TokenDataset.open(path, "train", loaded.config.data.block_length)
     unigram = unigram_nats(train, dataset, blocks)

@@ -75,18 +75,24 @@ def evaluate_bounds(
     ]
 
 
-def unigram_nats(train: TokenDataset, heldout: TokenDataset, blocks: np.ndarray, limit: int = 20_000_000) -> float:
-    """Nats per held-out token under the token frequencies of the first `limit` training tokens, plus one each.
-
-    What a model knows that knows no context: every trained model should be well below it.
-    """
+def token_counts(train: TokenDataset, limit: int = 20_000_000) -> np.ndarray:
+    """float64 [V]: how often each token occurs in the first `limit` training tokens, plus one."""
     size = train.manifest.vocab_size
     counts = np.ones(size)
     for start in range(0, min(len(train), max(1, limit // train.block_length)), 1024):
         stop = min(start + 1024, len(train))
         counts += np.bincount(train.blocks(np.arange(start, stop)).flatten().numpy(), minlength=size)
+    return counts
+
+
+def unigram_nats(train: TokenDataset, heldout: TokenDataset, blocks: np.ndarray) -> float:
+    """Nats per held-out token under the token frequencies of the training set.
+
+    What a model knows that knows no context: every trained model should be well below it.
+    """
+    counts = token_counts(train)
     log_probs = np.log(counts) - np.log(counts.sum())
-    seen = np.bincount(heldout.blocks(blocks).flatten().numpy(), minlength=size)
+    seen = np.bincount(heldout.blocks(blocks).flatten().numpy(), minlength=len(counts))
     return float(-(seen * log_probs).sum() / seen.sum())
 
 

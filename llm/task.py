@@ -4,6 +4,7 @@ Everything random about a batch is a function of (seed, step, row of the global 
 processes nor a restart changes it.
 """
 
+import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class LanguageTask:
             first_token=_first_token(self.stream) if self.stream and config.diffusion.family == "ar" else 0,
         )
         self.objective = config.diffusion.objective_for(self.codec) if config.diffusion.family != "ar" else None
+        self._zero_shot = _zero_shot(config) if self.stream else None
+        self._steps = config.train.steps  # that the weights have seen; a run that is resumed at its end has no batch
 
     @property
     def tokens_per_sample(self) -> int:
@@ -87,6 +90,7 @@ class LanguageTask:
     def batch(self, positions: np.ndarray, step: int) -> Batch:
         """The blocks at these global positions, cut to the step's length, with their masks."""
         assert self.stream is not None
+        self._steps = step + 1
         diffusion, seed = self.config.diffusion, self.config.run.seed
         tokens = self.stream.blocks(positions).to(self.device)
         if diffusion.random_length_probability > 0:
@@ -168,7 +172,10 @@ class LanguageTask:
     # --- judging -----------------------------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:
-        """Collective. Nats per token, standard error and bits per byte of each bound on validation blocks."""
+        """Collective. Nats per token, standard error and bits per byte of each bound on validation blocks.
+
+        And zero-shot tasks, where the configuration names some and the step has them.
+        """
         evaluation = self.config.evaluation
         names = self.language.bounds(evaluation.bounds)
         figures: dict[str, float] = {}
@@ -177,6 +184,9 @@ class LanguageTask:
             blocks = heldout_blocks(dataset, evaluation.sequences)
             for result in evaluate_bounds(model, self.language, dataset, blocks, names, evaluation, runtime):
                 figures |= {f"{key}{suffix}": value for key, value in result.figures(dataset.bytes_per_token).items()}
+        if self._zero_shot is not None and self._zero_shot.are_due(self._steps):
+            assert self.stream is not None
+            figures |= self._zero_shot.figures(model, self.language, self.stream.tokenizer, runtime)
         return figures
 
     def sample(self, model: nn.Module, runtime: Runtime, step: int, folder: Path) -> None:
@@ -271,6 +281,20 @@ def _figures(metrics: Mapping[str, Tensor], granularity: int, *, is_process: boo
     if "num_loss_positions" in metrics:
         figures["loss_positions"] = torch.stack([metrics["num_loss_positions"].double(), tokens.double()])
     return figures
+
+
+def _zero_shot(config: LanguageConfig) -> Any:
+    """The tasks to score while training; None for none, and then the harness need not be installed."""
+    if not config.evaluation.tasks:
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"evaluation.tasks = {', '.join(config.evaluation.tasks)} need lm-evaluation-harness; install it with "
+            "`pip install 'unmask[eval]'`"
+        )
+    from llm.evals.during import TrainingTasks
+
+    return TrainingTasks(config)
 
 
 def _first_token(stream: TrainingStream) -> int:

