@@ -127,7 +127,7 @@ def check_name(name: str) -> None:
     bound on one.
     """
     lowered = name.lower()
-    if "joint" in lowered and (likelihood := re.search(r"ppl|perplexity|nll|bits", lowered)):
+    if "joint" in lowered and (likelihood := re.search(r"ppl|perplexity|nll|nelbo|bits|likelihood", lowered)):
         raise ValueError(
             f"metric {name!r}: a joint cross-entropy is no likelihood, so nothing made of it may be called "
             f"{likelihood[0]}; log it as loss_ce_joint, and take {likelihood[0]} from nelbo_subtoken, nelbo_token or "

@@ -70,7 +70,7 @@ def generate(
         return _left_to_right(model, language, tokens, frozen, draw, config)
 
     def predict(digits: Tensor, where: Tensor) -> Tensor:
-        return model(language.inputs(digits), lambda hidden, weight, bias: _logits(hidden[where], weight, bias))
+        return model(language.inputs(digits), lambda hidden, weight, bias: token_logits(hidden[where], weight, bias))
 
     start = sampler.start(tokens, frozen, language.codec)
     return sampler.sample(start, frozen, codec=language.codec, predict=predict, draw=draw, config=config)
@@ -83,7 +83,7 @@ def _left_to_right(
     first = torch.full_like(tokens[:, :1], language.first_token)
 
     def predict(prefix: Tensor, where: Tensor) -> Tensor:
-        return model(prefix, lambda hidden, weight, bias: _logits(hidden[where], weight, bias))
+        return model(prefix, lambda hidden, weight, bias: token_logits(hidden[where], weight, bias))
 
     drawn = sampler.sample_left_to_right(
         torch.cat([first, tokens], dim=1),
@@ -102,7 +102,7 @@ def _left_to_right(
     )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def token_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """float32 logits [P, V] of hidden states [P, D]."""
     return torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 

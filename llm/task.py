@@ -166,7 +166,8 @@ class LanguageTask:
         if self.config.model.dropout:
             torch.manual_seed(batch.dropout_key)
         loss_sum, metrics = model(inputs, _in_plain_containers(readout))
-        return loss_sum, _figures(metrics, self.codec.granularity)
+        is_process = self.config.diffusion.chunk_point is None or self.codec.granularity == 1
+        return loss_sum, _figures(metrics, self.codec.granularity, is_process=is_process)
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
@@ -263,14 +264,20 @@ def _in_plain_containers(readout: Readout) -> Any:
     return plain
 
 
-def _figures(metrics: Mapping[str, Tensor], granularity: int) -> dict[str, Tensor]:
-    """Name -> [numerator, denominator], from the sums that the objective reports."""
+def _figures(metrics: Mapping[str, Tensor], granularity: int, *, is_process: bool) -> dict[str, Tensor]:
+    """Name -> [numerator, denominator], from the sums that the objective reports.
+
+    Masks that are no process (whole tokens above a chunk point, digits below) cover a part of the times with each kind
+    of charge, so that none of the sums bounds anything.
+    """
     tokens = metrics["num_tokens"]
     figures = {}
     for key, value in metrics.items():
-        if key.endswith("_sum") and not (granularity == 1 and key == "loss_ce_joint_sum"):  # l = 1: it is the bound
-            name = key.removesuffix("_sum")
-            figures[name] = torch.stack([value.double(), metrics.get(f"num_tokens_{name}", tokens).double()])
+        name = key.removesuffix("_sum")
+        is_told_twice = granularity == 1 and name == "loss_ce_joint"  # l = 1: it is the bound
+        if name == key or is_told_twice or not (is_process or name == "loss_ce_joint"):
+            continue
+        figures[name] = torch.stack([value.double(), metrics.get(f"num_tokens_{name}", tokens).double()])
     if "num_loss_positions" in metrics:
         figures["loss_positions"] = torch.stack([metrics["num_loss_positions"].double(), tokens.double()])
     return figures
