@@ -201,7 +201,7 @@ def _plain_ticks(plt: Any, axis: Any) -> None:
 def _style(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
+        "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],  # another marker when colours come round
         "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
         "markersize": 5,
         "linewidth": 1.2,
