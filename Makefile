@@ -59,7 +59,7 @@ lint: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install
-	$(BIN)/unmask data fetch prose-21
+	$(BIN)/unmask data fetch prose-21 tokenizers eval
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
