@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    train ARM, MDM, Prime and Prime-v2 on real text and compare their valid bounds (about 20 minutes)"
+	@echo "make demo    train ARM, MDM, Prime and Prime-v2 on real text; valid bounds, zero-shot tasks (about 20 minutes)"
 	@echo "make test    all tests but the slow ones;  make test-slow  the slow ones (faults at random moments)"
 	@echo "make test-slurm  jobs on a real SLURM that is started for them (root; installs Debian packages if missing)"
 	@echo "make soak    one run, 100 random accidents, no bit lost: one summary line (about 7 minutes)"
@@ -45,6 +45,7 @@ test: install
 	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "not slow and not slurm and not gpu"
 
 test-slow: install
+	$(BIN)/unmask data fetch prose-21 tokenizers eval smollm2
 	UNMASK_REQUIRE_DATA=1 $(BIN)/python -m pytest -m "slow and not slurm and not gpu"
 
 test-slurm: install
