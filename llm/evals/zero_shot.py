@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,32 @@ def evaluate_models(options: argparse.Namespace, runtime: Runtime) -> None:
         selection = selections[key]
         scorable = runtime.together(lambda r=run: open_model(r, runtime))
         if options.dry_run:
+            words = runtime.decide(
+                partial(forecast, scorable, scoring, selection, limit=options.limit, processes=runtime.world_size)
+            )
             if runtime.is_main:
-                print(forecast(scorable, scoring, selection, limit=options.limit, processes=runtime.world_size))
+                print(words)
             continue
         folder = output_folder(run, options.output)
         model = harness_model(scorable, scoring, runtime, cache=folder / "scores")
         results = run_tasks(model, selection, runtime, limit=options.limit)
+        path = runtime.decide(partial(record, run, model, selection, results, data, folder))
         if runtime.is_main:
-            results["unmask"] = particulars(run, model, selection, results, data)
-            results["config"]["model_args"] = {"path": str(run), **dataclasses.asdict(scoring)}
-            print(f"{run}: {write_results(folder, results)}", flush=True)
+            print(f"{run}: {path}", flush=True)
             everything.append(results)
     if everything:
         print(f"\n{format_table(everything)}")
         for other in everything[1:]:
             print(f"\n{format_comparison(everything[0], other)}")
+
+
+def record(
+    run: str, model: Any, selection: Selection, results: dict[str, Any], data: Path | None, folder: Path
+) -> Path:
+    """Complete the results of one model, and write them."""
+    results["unmask"] = particulars(run, model, selection, results, data)
+    results["config"]["model_args"] = {"path": str(run), **dataclasses.asdict(model.scoring)}
+    return write_results(folder, results)
 
 
 def open_model(run: str, runtime: Runtime) -> Scorable:
