@@ -6,7 +6,7 @@ standard errors say, whichever is more. It is the default: a curve of four sizes
 3 sizes are left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 from launch import random
 from launch.errors import DataError
 from llm.scaling.isoflop import Array, IsoFlop, Points, fit_isoflop
-from llm.scaling.surface import Surface, allocate, fit_surface
+from llm.scaling.surface import Surface, allocate, fit_surface, flops_for
 
 Kind = Literal["parametric", "case"]
 LEVEL = 0.95
@@ -39,6 +39,16 @@ class Ratio:
     loss: float
     ratio: Interval
     extrapolated: bool  # the loss lies outside the measured minima of A or B
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """The lowest losses of a family by its surface."""
+
+    points: Points
+    surface: Surface
+    cost: float | Callable[[float], float]  # FLOPs of a product N D, see `allocate`
+    replicates: Sequence[Surface]
 
 
 def bootstrap(
@@ -122,17 +132,37 @@ def surface_values(
     return np.array([*parameters, best.parameters, best.tokens, best.loss])
 
 
-def compute_ratio(a: Points, b: Points, flops: float, *, draws: int, seed: int, kind: Kind = "parametric") -> Ratio:
-    """C_B / C_A at the loss of A's frontier at C_A = `flops`, by the power laws of the minima.
+def fit_frontier(
+    points: Points, surface: Surface, cost: float | Callable[[float], float], *, draws: int, seed: int
+) -> Frontier:
+    """The surface with its bootstrap replicates."""
+    flops = float(points.budgets.max())
+    rows = bootstrap(points, lambda p: surface_values(p, surface, flops, cost), draws=draws, seed=seed, around=surface)
+    names = ("irreducible", "size_scale", "token_scale", "size_exponent", "token_exponent")
+    replicates = [replace(surface, **dict(zip(names, map(float, row[:5]), strict=True))) for row in rows]
+    return Frontier(points=points, surface=surface, cost=cost, replicates=replicates)
 
+
+def frontier_ratio(a: Frontier, b: Frontier, flops: float) -> Ratio:
+    """C_B / C_A at the loss of A's frontier at C_A = `flops`, by the surfaces, whose losses have a floor."""
+    loss = allocate(a.surface, flops, a.cost).loss
+    estimate = flops_for(b.surface, loss, b.cost) / flops
+    pairs = zip(a.replicates, b.replicates, strict=True)
+    ratios = [flops_for(of_b, allocate(of_a, flops, a.cost).loss, b.cost) / flops for of_a, of_b in pairs]
+    extrapolated = _is_outside(loss, fit_isoflop(a.points), fit_isoflop(b.points))
+    return Ratio(flops=flops, loss=loss, ratio=interval(estimate, np.array(ratios)), extrapolated=extrapolated)
+
+
+def compute_ratio(a: Points, b: Points, flops: float, *, draws: int, seed: int, kind: Kind = "parametric") -> Ratio:
+    """C_B / C_A at the loss of A's frontier at C_A = `flops`, by the power laws of the minima, which have no floor.
+
+    For families without a surface: the further the losses are from the smallest measured, the less it is worth.
     `Points` holds valid estimates only, so there is no ratio of anything else. DataError if a family has no frontier.
     """
     fits = fit_isoflop(a), fit_isoflop(b)
     if fits[0].loss is None or fits[1].loss is None:
         raise DataError("a ratio of compute needs a minimum at two budgets or more of both families; train more sizes")
     loss = fits[0].loss(flops)
-    ranges = [[parabola.loss for parabola in fit.sound] for fit in fits]
-    extrapolated = any(not min(losses) <= loss <= max(losses) for losses in ranges)
 
     def laws(points: Points) -> Array:
         law = fit_isoflop(points).loss
@@ -143,12 +173,19 @@ def compute_ratio(a: Points, b: Points, flops: float, *, draws: int, seed: int, 
     losses = left[:, 0] * flops ** left[:, 1]
     ratios = (losses / right[:, 0]) ** (1 / right[:, 1]) / flops
     estimate = fits[1].loss.inverse(loss) / flops
+    extrapolated = _is_outside(loss, *fits)
     return Ratio(flops=flops, loss=loss, ratio=interval(estimate, ratios), extrapolated=extrapolated)
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:
     """The numpy stream called `names` under `seed`."""
     return np.random.Generator(np.random.Philox(key=random.stream_key(seed, *names) & (2**63 - 1)))
+
+
+def _is_outside(loss: float, *fits: IsoFlop) -> bool:
+    """Whether some family never had this loss at a sound minimum."""
+    ranges = [[parabola.loss for parabola in fit.sound] for fit in fits]
+    return any(not losses or not min(losses) <= loss <= max(losses) for losses in ranges)
 
 
 def _resample(points: Points, source: np.random.Generator) -> Points:

@@ -18,7 +18,7 @@ from launch import config as configs
 from launch.errors import ConfigError, DataError
 from llm.diffusion.likelihood import ValidName
 from llm.scaling import figures
-from llm.scaling.bootstrap import bootstrap, compute_ratio, interval, surface_values
+from llm.scaling.bootstrap import bootstrap, compute_ratio, fit_frontier, frontier_ratio, interval, surface_values
 from llm.scaling.laws import CostRule, Law, choose, fit_law
 from llm.scaling.point import Result, read_results, write_json
 from llm.scaling.surface import Method, allocate
@@ -144,14 +144,23 @@ def ratio_table(laws: Sequence[Law], against: str | None, draws: int, seed: int)
         return "Too few families with sound minima at two budgets: no ratio."
     lowest = min(fitted, key=lambda law: min(p.loss for p in law.isoflop.sound))
     base = next((law for law in fitted if law.family == against), lowest)
+    frontiers = {
+        law.family: fit_frontier(law.points, law.surface, law.cost, draws=min(draws, SURFACE_DRAWS), seed=seed + i)
+        for i, law in enumerate(fitted)
+        if law.surface is not None and law.surface.flaw is None
+    }
     rows = []
     for law in fitted:
         if law is not base:
+            by = "surfaces" if {law.family, base.family} <= frontiers.keys() else "power laws, no floor"
             for parabola in base.isoflop.sound:
-                found = compute_ratio(base.points, law.points, parabola.budget, draws=draws, seed=seed)
+                if by == "surfaces":
+                    found = frontier_ratio(frontiers[base.family], frontiers[law.family], parabola.budget)
+                else:
+                    found = compute_ratio(base.points, law.points, parabola.budget, draws=draws, seed=seed)
                 value = _interval(found.ratio.estimate, found.ratio.low, found.ratio.high, "{:.3g}")
                 remark = "extrapolated" if found.extrapolated else "measured"
-                rows.append([law.family, law.bound, f"{parabola.budget:.3g}", f"{found.loss:.4f}", value, remark])
+                rows.append([law.family, law.bound, f"{parabola.budget:.3g}", f"{found.loss:.4f}", value, remark, by])
     head = [
         "family",
         "bound",
@@ -159,6 +168,7 @@ def ratio_table(laws: Sequence[Law], against: str | None, draws: int, seed: int)
         f"loss ({base.bound})",
         "times the FLOPs (95 %)",
         "the loss is",
+        "by",
     ]
     return _table(head, rows)
 

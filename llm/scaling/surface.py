@@ -149,6 +149,21 @@ def allocate(surface: Surface, flops: float, flops_per_product: float | Callable
     return Allocation(flops=flops, parameters=parameters, tokens=tokens, loss=float(surface(parameters, tokens)))
 
 
+def flops_for(surface: Surface, loss: float, flops_per_product: float | Callable[[float], float] = 6.0) -> float:
+    """The compute whose best allocation has this loss; infinite where the loss is not above E."""
+    if loss <= surface.irreducible:
+        return float("inf")
+
+    def excess(log_flops: float) -> float:
+        return allocate(surface, float(np.exp(log_flops)), flops_per_product).loss - loss
+
+    low, high = np.log(1e3), np.log(1e40)
+    if excess(low) < 0 or excess(high) > 0:
+        return float("nan")
+    root: float = optimize.brentq(excess, low, high, xtol=1e-4)  # type: ignore[assignment]
+    return float(np.exp(root))
+
+
 def _centred(starts: Array, centre: Array) -> Array:
     e, size, token, a, b = np.asarray(starts, dtype=np.float64).T
     return np.stack([np.log(e), np.log(size) - a * centre[0], np.log(token) - b * centre[1], a, b], axis=1)

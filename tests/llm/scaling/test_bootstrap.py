@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 
 from launch.errors import DataError
-from llm.scaling.bootstrap import bootstrap, compute_ratio, generator, interval, isoflop_values, noise, surface_values
+from llm.scaling.bootstrap import (
+    bootstrap,
+    compute_ratio,
+    fit_frontier,
+    frontier_ratio,
+    generator,
+    interval,
+    isoflop_values,
+    noise,
+    surface_values,
+)
 from llm.scaling.isoflop import Points, fit_isoflop
-from llm.scaling.surface import fit_surface
+from llm.scaling.surface import Surface, allocate, fit_surface, flops_for
 from tests.llm.scaling.published_points import published
 
 BUDGETS = np.array([1e17, 1e18, 1e19])
@@ -28,6 +38,20 @@ def synthetic(sigma: float, seed: int, *, cheapness: float = 1.0) -> Points:
         flops=budgets,
         loss=loss + sigma * generator(seed, "truth").standard_normal(len(loss)),
         standard_error=np.full_like(loss, sigma / 2),
+    )
+
+
+def known_surface(e: float, size: float, token: float, a: float, b: float) -> Surface:
+    return Surface(
+        irreducible=e,
+        size_scale=size,
+        token_scale=token,
+        size_exponent=a,
+        token_exponent=b,
+        objective=0.0,
+        starts=3,
+        reached=3,
+        steepness=0.0,
     )
 
 
@@ -70,6 +94,43 @@ def test_a_ratio_of_compute_is_the_known_one_and_its_interval_covers_it() -> Non
     assert result.ratio.estimate == pytest.approx(3, rel=0.05)
     assert result.ratio.low < 3 < result.ratio.high and not result.extrapolated
     assert result.loss == pytest.approx(40 * 1e18**-0.05, rel=0.001)
+
+
+def test_the_ratio_by_surfaces_is_the_known_one_at_every_loss_where_laws_without_a_floor_drift() -> None:
+    """B is A with 2 times the parameters and 5 times the tokens for the same loss: 10 times the compute everywhere."""
+    e, size, token, a, b = 1.5, 40.0, 90.0, 0.3, 0.28
+    truths = [(e, size, token, a, b), (e, size * 2**a, token * 5**b, a, b)]
+    budgets, frontiers, measured = np.repeat(np.geomspace(1e12, 1.6e13, 5), 6), [], []
+    for i, truth in enumerate(truths):
+        surface = known_surface(*truth)
+        best = np.array([allocate(surface, flops).parameters for flops in budgets])
+        sizes = best * np.tile(np.geomspace(0.3, 3, 6), 5)
+        tokens = budgets / (6 * sizes)
+        error = 0.001 * np.ones(30)
+        loss = surface(sizes, tokens) + error * generator(i, "truth").standard_normal(30)
+        points = Points(
+            estimate="nelbo_token",
+            budgets=budgets,
+            parameters=sizes,
+            tokens=tokens,
+            flops=budgets,
+            loss=loss,
+            standard_error=error,
+        )
+        fitted = fit_surface(sizes, tokens, loss, starts=np.array([truth, truth, truth]))
+        frontiers.append(fit_frontier(points, fitted, 6.0, draws=20, seed=i))
+        measured.append(points)
+    ratios = [frontier_ratio(*frontiers, flops).ratio for flops in np.unique(budgets)]
+    assert [float(ratio.estimate) for ratio in ratios] == pytest.approx([10] * 5, rel=0.02)
+    assert all(0.99 * ratio.low < 10 < 1.01 * ratio.high for ratio in ratios)  # 20 replicates: the ends are rough
+    drifting = [compute_ratio(*measured, flops, draws=4, seed=0).ratio.estimate for flops in np.unique(budgets)]
+    assert abs(drifting[-1] - 10) > 2  # why power laws are the second choice
+
+
+def test_a_loss_below_the_floor_of_a_surface_costs_infinitely_much() -> None:
+    surface = known_surface(1.5, 40.0, 90.0, 0.3, 0.28)
+    assert flops_for(surface, 1.4) == np.inf
+    assert flops_for(surface, allocate(surface, 3e15).loss) == pytest.approx(3e15, rel=1e-3)
 
 
 def test_a_loss_that_one_family_never_reached_is_called_extrapolated() -> None:
