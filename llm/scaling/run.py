@@ -21,6 +21,7 @@ from launch.errors import ConfigError
 from launch.local import die_with, exit_code
 from launch.metrics import metrics_path, read_metrics
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, MEANING, StopFlag
+from llm.data.codes import read_code
 from llm.scaling import cluster
 from llm.scaling.config import load_ladder
 from llm.scaling.plan import PlannedPoint, plan_ladder
@@ -79,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
         if slurm.has_slurm():
             slurm.refuse_if_active(options.out)
         refuse_or_restart_changed(planned, options.out, restart=options.restart_changed)
+        _need_codes(planned)
         for one in planned:
             prepare(one, options.out / one.point.name, keep_checkpoints=ladder.keep_checkpoints)
         if options.cluster is not None:
@@ -95,6 +97,13 @@ def select(planned: Sequence[PlannedPoint], pattern: str | None) -> list[Planned
             "pattern: --only 'mdm/*'"
         )
     return chosen
+
+
+def _need_codes(planned: Sequence[PlannedPoint]) -> None:
+    """`DataError` if a table of codes is missing: hours may pass before the first point that reads it."""
+    named = (one.experiment.get("diffusion", {}).get("code") for one in planned)
+    for code in {name for name in named if name is not None}:
+        read_code(Path(code))
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from launch import slurm
-from launch.errors import ClusterError, ConfigError
+from launch.errors import ClusterError, ConfigError, DataError
 from launch.metrics import read_metrics
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
 from llm.scaling import cluster, run
@@ -154,6 +154,13 @@ def test_more_points_and_another_way_of_running_them_change_no_point(ladder: Pat
     more = ["seeds=[0, 2]", "settings.checkpoint.every=60", "keep_checkpoints=none", "--jobs", "3"]
     assert run.main([str(ladder), *more, "--out", str(study)]) == EXIT_OK
     assert sorted(started(study)[3:]) == sorted([*NAMES[1::2], "mdm/s-3e08-s2", "prime/s-3e08-s2"])
+
+
+def test_a_missing_table_of_codes_is_refused_before_the_first_point(ladder: Path, stand_in, tmp_path: Path) -> None:
+    table = tmp_path / "codes.json"
+    with pytest.raises(DataError, match="unmask data code"):
+        run.main([str(ladder), "--out", str(tmp_path / "study"), f"families.prime.diffusion.code={table}"])
+    assert not (tmp_path / "started").exists()
 
 
 def test_two_calls_at_a_time_are_refused(ladder: Path, stand_in, tmp_path: Path) -> None:
