@@ -17,7 +17,11 @@ DROPPED = -1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experts:
-    """Gated feed-forward experts, fused as in transformers 5: E_j(x) = down_j (silu(gate_j x) * (up_j x))."""
+    """Gated feed-forward experts, fused as in transformers 5: E_j(x) = down_j (silu(gate_j x) * (up_j x)).
+
+    They compute in the type of their tokens, an expert's weights converted when it is its turn: a layer stays in the
+    type that it is stored in.
+    """
 
     gate_up: Tensor  # [E, 2f, d]: the f rows of the gate, then the f rows of the up projection
     down: Tensor  # [E, d, f]
@@ -45,19 +49,19 @@ class Experts:
 
     def inner(self, expert: int, tokens: Tensor) -> Tensor:
         """Inner activations [T, f] of tokens [T, d]."""
-        gate, up = functional.linear(tokens, self.gate_up[expert]).chunk(2, dim=-1)
+        gate, up = functional.linear(tokens, self.gate_up[expert].to(tokens.dtype)).chunk(2, dim=-1)
         return functional.silu(gate) * up
 
     def output(self, expert: int, tokens: Tensor) -> Tensor:
         """E_j(x) [T, d] of tokens [T, d]."""
-        return functional.linear(self.inner(expert, tokens), self.down[expert])
+        return functional.linear(self.inner(expert, tokens), self.down[expert].to(tokens.dtype))
 
     def take(self, indices: Tensor) -> "Experts":
         """The experts at `indices` int64 [n], in that order."""
         return Experts(gate_up=self.gate_up[indices], down=self.down[indices])
 
-    def to(self, dtype: torch.dtype) -> "Experts":
-        return Experts(gate_up=self.gate_up.to(dtype), down=self.down.to(dtype))
+    def to(self, where: torch.dtype | torch.device) -> "Experts":
+        return Experts(gate_up=self.gate_up.to(where), down=self.down.to(where))
 
 
 @dataclass(frozen=True, kw_only=True)

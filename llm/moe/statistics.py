@@ -16,7 +16,7 @@ from launch.errors import DataError
 from llm.moe.experts import Experts, LayerTokens, RoutingRule, route
 
 FORMAT = "unmask-moe-statistics-1"
-_ELEMENTS = 1 << 26  # of expert outputs held at once: 256 MiB of float32
+_ELEMENTS = 1 << 22  # of expert outputs held at once: 32 MiB of float64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,36 +73,37 @@ def no_statistics(num_experts: int, width: int) -> LayerStatistics:
 
 
 @torch.no_grad()
-def measure(experts: Experts, batch: LayerTokens, rule: RoutingRule) -> LayerStatistics:
-    """The sums over the tokens of `batch`: every expert runs on every token."""
+def measure(experts: Experts, batch: LayerTokens, rule: RoutingRule) -> tuple[LayerStatistics, Tensor]:
+    """The sums over the tokens of `batch`, and the layer's own output y(x) [T, d]: every expert runs on every token."""
     count, width = len(experts), experts.width
     routing = route(batch.logits, rule)
     gates = routing.dense_gates().double()  # [T, E]
     chosen = torch.zeros_like(gates).scatter_(1, routing.selected, 1.0)
     top2 = torch.zeros_like(gates).scatter_(1, batch.logits.topk(min(2, count), dim=-1).indices, 1.0)
     logits = batch.logits.double()
-    total = no_statistics(count, width)
+    sums = {f.name: getattr(no_statistics(count, width), f.name).to(gates.device) for f in fields(LayerStatistics)}
+    mixed = torch.empty_like(batch.hidden)
     rows = max(1, _ELEMENTS // (count * width))
     for start in range(0, len(batch.hidden), rows):
         part = slice(start, start + rows)
-        outputs = torch.stack([experts.output(j, batch.hidden[part]) for j in range(count)]).double()  # [E, t, d]
-        norms = outputs.norm(dim=-1).T  # [t, E]
-        unit = outputs / norms.T[..., None].clamp_min(1e-300)
-        total.output_sum.add_(outputs.sum(1).cpu())
-        total.routed_output_sum.add_(torch.einsum("etd,te->ed", outputs, chosen[part]).cpu())
-        total.output_gram.add_(_gram(outputs).cpu())
-        total.cosine_sum.add_(_gram(unit).cpu())
-        total.routed_norm_sum.add_((norms * chosen[part]).sum(0).cpu())
-        total.gated_norm_sum.add_((norms * gates[part]).sum(0).cpu())
-    total.tokens.add_(len(batch.hidden))
-    total.selections.add_(chosen.sum(0).cpu())
-    total.top2_selections.add_(top2.sum(0).cpu())
-    total.gate_sum.add_(gates.sum(0).cpu())
-    total.probability_sum.add_(routing.probabilities.double().sum(0).cpu())
-    total.logit_gram.add_((logits.T @ logits).cpu())
-    total.joint_selections.add_((chosen.T @ chosen).cpu())
-    total.gate_gram.add_((gates.T @ gates).cpu())
-    return total
+        outputs = torch.stack([experts.output(j, batch.hidden[part]).double() for j in range(count)])  # [E, t, d]
+        norms = outputs.norm(dim=-1)  # [E, t]
+        mixed[part] = torch.einsum("etd,te->td", outputs, gates[part]).to(mixed.dtype)
+        sums["output_sum"] += outputs.sum(1)
+        sums["routed_output_sum"] += torch.einsum("etd,te->ed", outputs, chosen[part])
+        sums["output_gram"] += _gram(outputs)
+        sums["routed_norm_sum"] += (norms.T * chosen[part]).sum(0)
+        sums["gated_norm_sum"] += (norms.T * gates[part]).sum(0)
+        sums["cosine_sum"] += _gram(outputs.div_(norms[..., None].clamp_min(torch.finfo(torch.float64).tiny)))
+    sums["tokens"] += len(batch.hidden)
+    sums["selections"] += chosen.sum(0)
+    sums["top2_selections"] += top2.sum(0)
+    sums["gate_sum"] += gates.sum(0)
+    sums["probability_sum"] += routing.probabilities.double().sum(0)
+    sums["logit_gram"] += logits.T @ logits
+    sums["joint_selections"] += chosen.T @ chosen
+    sums["gate_gram"] += gates.T @ gates
+    return LayerStatistics(**{name: value.cpu() for name, value in sums.items()}), mixed
 
 
 def weight_gram(experts: Experts) -> Tensor:

@@ -1,0 +1,122 @@
+"""Calibration text through a model that never is in memory as a whole: a layer at a time, all of the text.
+
+What passes from layer to layer is the text's hidden states. A block of text is the unit of all work: it goes through a
+layer alone, on one rank, so that what comes out does not depend on how many ranks there are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launch.errors import DataError
+from llm.moe.architectures import layer_prefix
+from llm.moe.experts import Experts, LayerTokens, mixture, route
+from llm.moe.source import Source
+
+_MATMUL = {"cpu": torch.float32}  # bfloat16 is correct on most CPUs and ten times slower
+OnTokens = Callable[[int, LayerTokens], Tensor]
+"""Gets a block's number and what a MoE layer sees of it; returns what the routed experts make of it [T, d]."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Walk:
+    """Blocks of text on their way through the layers of a model."""
+
+    source: Source
+    device: torch.device
+    hidden: dict[int, Tensor]  # by number of the block: [L, d], before the layer that comes next, on the CPU
+    dtype: torch.dtype  # of all computation
+    model: Any  # the base model of transformers without weights: layers lend their code, and are filled in turn
+
+    @torch.no_grad()
+    def layer(self, index: int, experts: Experts | None, on_tokens: OnTokens | None = None) -> None:
+        """Take all blocks through layer `index`.
+
+        experts: those of a MoE layer, on any device; None for a dense layer. on_tokens: what they do, by default what
+        the model itself does.
+        """
+        decoder = self._decoder(index)
+        block = _Experts(experts, self._rule, on_tokens) if experts is not None else None
+        if block is not None:
+            decoder.mlp.experts = block
+            decoder.mlp.gate.register_forward_hook(lambda _module, _inputs, found: block.take_logits(found[0]))
+        for number, hidden in self.hidden.items():
+            if block is not None:
+                block.number = number
+            inputs = hidden.to(self.device, self.dtype)[None]  # [1, L, d]
+            found = decoder(inputs, **self._positions(index, inputs))
+            self.hidden[number] = (found if isinstance(found, Tensor) else found[0])[0].to(hidden)
+
+    @property
+    def _rule(self) -> Any:
+        return self.source.shape.rule
+
+    def _decoder(self, index: int) -> Any:
+        """Layer `index` with its weights, but for its experts; the model keeps none of them."""
+        prefix = layer_prefix(index)
+        state = {
+            name.removeprefix(prefix).replace(f"{self.source.shape.architecture.block}.", "mlp."): self.source.tensor(
+                name
+            ).to(self.device, self.dtype)
+            for name in self.source.layer_entries(index)
+        }
+        with torch.device("meta"):
+            decoder = type(self.model.layers[index])(self.source.config, index).eval()
+        absent, surplus = decoder.load_state_dict(state, strict=False, assign=True)
+        absent = [name for name in absent if not name.startswith("mlp.experts.")]
+        if absent or surplus:
+            problem = f"lacks {absent[0]}" if absent else f"has an entry {surplus[0]} that its class does not know"
+            raise DataError(f"layer {index} of {self.source.folder} {problem}; is config.json that of these weights?")
+        return decoder
+
+    def _positions(self, index: int, inputs: Tensor) -> dict[str, Any]:
+        """The rotary embedding and the causal mask, as the model itself would pass them on."""
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        config = self.source.config
+        positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        layer_types = getattr(config, "layer_types", None)
+        is_sliding = layer_types[index] == "sliding_attention" if layer_types else bool(config.sliding_window)
+        make_mask = create_sliding_window_causal_mask if is_sliding else create_causal_mask
+        mask = make_mask(
+            config=config, inputs_embeds=inputs, attention_mask=None, past_key_values=None, position_ids=positions
+        )
+        rotary = self.model.rotary_emb(inputs, position_ids=positions)
+        return {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
+
+
+class _Experts(nn.Module):
+    """In place of a layer's fused experts: hands their input and the router's logits to whoever walks."""
+
+    def __init__(self, experts: Experts, rule: Any, on_tokens: OnTokens | None) -> None:
+        super().__init__()
+        self.number = -1
+        self._experts, self._rule, self._on_tokens = experts, rule, on_tokens
+        self._logits: Tensor | None = None
+
+    def take_logits(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    def forward(self, hidden: Tensor, _selected: Tensor, _gates: Tensor) -> Tensor:
+        assert self._logits is not None
+        tokens = LayerTokens(hidden=hidden, logits=self._logits)
+        if self._on_tokens is not None:
+            return self._on_tokens(self.number, tokens)
+        return mixture(self._experts, hidden, route(tokens.logits, self._rule))
+
+
+def start_walk(source: Source, blocks: dict[int, Tensor], device: torch.device) -> Walk:
+    """The embeddings of `blocks`: token ids int64 [L] by number."""
+    from transformers import AutoModel
+
+    dtype = _MATMUL.get(device.type, torch.bfloat16)
+    source.config._attn_implementation = "sdpa"  # eager attention without a mask would look ahead
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(source.config)
+    model.rotary_emb = type(model.rotary_emb)(config=source.config).to(device)
+    table = "model.embed_tokens.weight"
+    hidden = {number: source.rows(table, ids).to(dtype) for number, ids in blocks.items()}
+    return Walk(source=source, device=device, hidden=hidden, dtype=dtype, model=model)
