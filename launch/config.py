@@ -89,7 +89,7 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def entry_module(path: str | Path) -> str:
     """The training module of the room that an experiment names."""
     entry = read_yaml(path).get("entry")
-    if not isinstance(entry, str) or not re.fullmatch(r"[a-z_]+\.train", entry):
+    if not isinstance(entry, str) or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*\.train", entry):
         raise ConfigError(f"{path}: entry = {entry!r}; it names the room's training module, for example llm.train")
     return entry
 

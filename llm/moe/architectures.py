@@ -4,7 +4,6 @@ A new architecture is a row in `ARCHITECTURES` if its layers look like these: de
 module `mlp` of a router `gate` and fused `experts` in transformers 5, and one file entry a matrix and expert.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,15 +97,15 @@ def read_config(folder: Path) -> Any:
 
 
 def moe_shape(config: Any, folder: Path) -> MoeShape:
-    """The shape behind a configuration. ConfigError for what cannot be merged, with what is missing."""
+    """The shape behind the configuration of `folder`. ConfigError for what cannot be merged, with what is missing."""
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         raise ConfigError(
             f"{folder} is a {config.model_type!r} model; those of {', '.join(ARCHITECTURES)} can be merged, and others "
             "need their names on disk in llm/moe/architectures.py"
         )
-    if (quantised := _raw(folder).get("quantization_config")) is not None:
-        method = quantised.get("quant_method", "unknown")
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        method = quantised["quant_method"] if isinstance(quantised, dict) else quantised.quant_method
         raise ConfigError(
             f"{folder} is quantised ({method}), and such weights cannot be averaged; merge the original ones and "
             "quantise the result"
@@ -131,10 +130,6 @@ def _moe_layers(config: Any, count: int) -> tuple[int, ...]:
     dense = getattr(config, "mlp_only_layers", None) or ()
     step = getattr(config, "decoder_sparse_step", 1)
     return tuple(n for n in range(config.num_hidden_layers) if count > 0 and n not in dense and (n + 1) % step == 0)
-
-
-def _raw(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def _first_line(error: Exception) -> str:
