@@ -67,9 +67,8 @@ def measure_layer(walk: Walk, index: int, experts: Experts, runtime: Runtime) ->
     """Collective. Take the walk through a MoE layer, and add up what all ranks have seen, in the order of the text."""
     seen: dict[int, LayerStatistics] = {}
 
-    def on_tokens(number: int, tokens: LayerTokens) -> Tensor:
-        seen[number], output = measure(experts, tokens, walk.source.shape.rule)
-        return output
+    def on_tokens(number: int, tokens: LayerTokens) -> None:
+        seen[number] = measure(experts, tokens, walk.source.shape.rule)
 
     runtime.together(lambda: walk.layer(index, experts, on_tokens))
     everyone: dict[int, LayerStatistics] = {}

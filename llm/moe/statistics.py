@@ -73,8 +73,8 @@ def no_statistics(num_experts: int, width: int) -> LayerStatistics:
 
 
 @torch.no_grad()
-def measure(experts: Experts, batch: LayerTokens, rule: RoutingRule) -> tuple[LayerStatistics, Tensor]:
-    """The sums over the tokens of `batch`, and the layer's own output y(x) [T, d]: every expert runs on every token."""
+def measure(experts: Experts, batch: LayerTokens, rule: RoutingRule) -> LayerStatistics:
+    """The sums over the tokens of `batch`: every expert runs on every token."""
     count, width = len(experts), experts.width
     routing = route(batch.logits, rule)
     gates = routing.dense_gates().double()  # [T, E]
@@ -82,13 +82,11 @@ def measure(experts: Experts, batch: LayerTokens, rule: RoutingRule) -> tuple[La
     top2 = torch.zeros_like(gates).scatter_(1, batch.logits.topk(min(2, count), dim=-1).indices, 1.0)
     logits = batch.logits.double()
     sums = {f.name: getattr(no_statistics(count, width), f.name).to(gates.device) for f in fields(LayerStatistics)}
-    mixed = torch.empty_like(batch.hidden)
     rows = max(1, _ELEMENTS // (count * width))
     for start in range(0, len(batch.hidden), rows):
         part = slice(start, start + rows)
         outputs = torch.stack([experts.output(j, batch.hidden[part]).double() for j in range(count)])  # [E, t, d]
         norms = outputs.norm(dim=-1)  # [E, t]
-        mixed[part] = torch.einsum("etd,te->td", outputs, gates[part]).to(mixed.dtype)
         sums["output_sum"] += outputs.sum(1)
         sums["routed_output_sum"] += torch.einsum("etd,te->ed", outputs, chosen[part])
         sums["output_gram"] += _gram(outputs)
@@ -103,7 +101,7 @@ def measure(experts: Experts, batch: LayerTokens, rule: RoutingRule) -> tuple[La
     sums["logit_gram"] += logits.T @ logits
     sums["joint_selections"] += chosen.T @ chosen
     sums["gate_gram"] += gates.T @ gates
-    return LayerStatistics(**{name: value.cpu() for name, value in sums.items()}), mixed
+    return LayerStatistics(**{name: value.cpu() for name, value in sums.items()})
 
 
 def weight_gram(experts: Experts) -> Tensor:

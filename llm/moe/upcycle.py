@@ -111,8 +111,9 @@ def _tensors(dense: Path, config: dict[str, Any], upcycling: UpcycleConfig) -> I
         elif upcycling.kind == "mixtral":
             yield from _copies(tensor, layer, _MATRICES[matrix], upcycling)
         else:
-            half = tensor * 2 if matrix == "mlp.down_proj.weight" else tensor  # the shared gate, sigmoid(0), halves it
-            yield f"{layer_prefix(layer)}mlp.shared_expert.{matrix.removeprefix('mlp.')}", half
+            # The gate of the shared expert is sigmoid(0), which halves what comes out.
+            doubled = tensor * 2 if matrix == "mlp.down_proj.weight" else tensor
+            yield f"{layer_prefix(layer)}mlp.shared_expert.{matrix.removeprefix('mlp.')}", doubled
             yield from _new(tensor, layer, _MATRICES[matrix], config, upcycling)
     architecture = ARCHITECTURES[upcycling.kind]
     for layer in range(every - 1, config["num_hidden_layers"], every):

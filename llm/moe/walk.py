@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from launch.errors import DataError
 from llm.moe.architectures import layer_prefix
-from llm.moe.experts import Experts, LayerTokens, mixture, route
+from llm.moe.experts import Experts, LayerTokens, MergedLayer, RoutingRule, merged_output, mixture, route
 from llm.moe.source import Source
 
 _MATMUL = {"cpu": torch.float32}  # bfloat16 is correct on most CPUs and ten times slower
-OnTokens = Callable[[int, LayerTokens], Tensor]
-"""Gets a block's number and what a MoE layer sees of it; returns what the routed experts make of it [T, d]."""
+OnTokens = Callable[[int, LayerTokens], None]
+"""Gets a block's number and what a MoE layer sees of it."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,14 +32,13 @@ class Walk:
     model: Any  # the base model of transformers without weights: layers lend their code, and are filled in turn
 
     @torch.no_grad()
-    def layer(self, index: int, experts: Experts | None, on_tokens: OnTokens | None = None) -> None:
+    def layer(self, index: int, experts: Experts | MergedLayer | None, on_tokens: OnTokens | None = None) -> None:
         """Take all blocks through layer `index`.
 
-        experts: those of a MoE layer, on any device; None for a dense layer. on_tokens: what they do, by default what
-        the model itself does.
+        experts: those of a MoE layer, on the walk's device, or the merged layer in their place; None for a dense layer.
         """
         decoder = self._decoder(index)
-        block = _Experts(experts, self._rule, on_tokens) if experts is not None else None
+        block = _Experts(experts, self.source.shape.rule, on_tokens) if experts is not None else None
         if block is not None:
             decoder.mlp.experts = block
             decoder.mlp.gate.register_forward_hook(lambda _module, _inputs, found: block.take_logits(found[0]))
@@ -49,10 +48,6 @@ class Walk:
             inputs = hidden.to(self.device, self.dtype)[None]  # [1, L, d]
             found = decoder(inputs, **self._positions(index, inputs))
             self.hidden[number] = (found if isinstance(found, Tensor) else found[0])[0].to(hidden)
-
-    @property
-    def _rule(self) -> Any:
-        return self.source.shape.rule
 
     def _decoder(self, index: int) -> Any:
         """Layer `index` with its weights, but for its experts; the model keeps none of them."""
@@ -89,9 +84,9 @@ class Walk:
 
 
 class _Experts(nn.Module):
-    """In place of a layer's fused experts: hands their input and the router's logits to whoever walks."""
+    """In place of a layer's fused experts: shows their input and the router's logits to whoever walks."""
 
-    def __init__(self, experts: Experts, rule: Any, on_tokens: OnTokens | None) -> None:
+    def __init__(self, experts: Experts | MergedLayer, rule: RoutingRule, on_tokens: OnTokens | None) -> None:
         super().__init__()
         self.number = -1
         self._experts, self._rule, self._on_tokens = experts, rule, on_tokens
@@ -104,7 +99,9 @@ class _Experts(nn.Module):
         assert self._logits is not None
         tokens = LayerTokens(hidden=hidden, logits=self._logits)
         if self._on_tokens is not None:
-            return self._on_tokens(self.number, tokens)
+            self._on_tokens(self.number, tokens)
+        if isinstance(self._experts, MergedLayer):
+            return merged_output(self._experts, tokens, self._rule)
         return mixture(self._experts, hidden, route(tokens.logits, self._rule))
 
 
