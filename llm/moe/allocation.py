@@ -18,7 +18,7 @@ Allocation = Literal[
     "uniform",  # r in every layer: the paper's main tables
     "frequency",  # more where selections spread over more experts
     "dendrogram",  # the nearest clusters of all layers merge first
-    "official_frequency",  # the published code's threshold, as in its Mixtral file: not exactly r L, and layers may get 0
+    "official_frequency",  # the threshold of the published Mixtral code: not exactly r L, and a layer may get 0
 ]
 
 

@@ -54,10 +54,11 @@ def distances(statistics: LayerStatistics, weight_gram: Tensor, representation: 
     else:
         found = _from_gram(weight_gram)
     np.fill_diagonal(found, 0)
-    bad = np.flatnonzero(~np.isfinite(found).all(1) & (np.isfinite(found).sum(1) <= 1))
-    if not np.isfinite(found).all():
+    finite = np.isfinite(found)
+    if not finite.all():
+        overflowed = np.flatnonzero(finite.sum(1) == 1).tolist()  # at no finite distance but to themselves
         raise DataError(
-            f"distances by {representation} are not finite (experts {bad.tolist()}): the experts overflowed on the "
+            f"distances by {representation} from experts {overflowed} are not finite: they overflowed on the "
             "calibration text; run `unmask moe calibrate` in float32"
         )
     return found
@@ -115,7 +116,8 @@ def _from_gram(gram: Tensor) -> Array:
     """Euclidean distances of vectors that are known by their inner products [E, E]."""
     inner = _symmetric(gram)
     squares = inner.diagonal()
-    return np.sqrt(np.maximum(squares[:, None] + squares - 2 * inner, 0))
+    with np.errstate(invalid="ignore"):  # inf - inf: the caller names the expert
+        return np.sqrt(np.maximum(squares[:, None] + squares - 2 * inner, 0))
 
 
 def _symmetric(matrix: Tensor) -> Array:
