@@ -23,6 +23,7 @@ from launch.errors import ConfigError
 from launch.random import generator, stream_key
 from llm.moe.architectures import ARCHITECTURES, layer_prefix, read_config
 
+Kind = Literal["mixtral", "qwen2_moe"]
 _ROUTER_DEVIATION = 0.02
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "generation_config.json")
 _MATRICES = {"mlp.gate_proj.weight": "gate", "mlp.up_proj.weight": "up", "mlp.down_proj.weight": "down"}
@@ -32,7 +33,7 @@ _MATRICES = {"mlp.gate_proj.weight": "gate", "mlp.up_proj.weight": "up", "mlp.do
 class UpcycleConfig:
     """What the experts of an upcycled model are."""
 
-    kind: Literal["mixtral", "qwen2_moe"] = "mixtral"  # the transformers architecture
+    kind: Kind = "mixtral"  # the transformers architecture
     experts: int = 8  # in each layer that has some
     top_k: int = 2  # experts that a token selects
     expert_width: int | None = None  # qwen2_moe: inner width of a routed expert; null: that of the dense block / top_k
