@@ -1,16 +1,16 @@
 """How much an expert matters, from sums over calibration tokens, and which experts that keeps.
 
-The same numbers serve pruning (experts of low saliency go), one-shot grouping (those of high frequency dominate) and REAM
-(those of high REAP saliency are the centroids).
+The same numbers serve pruning (experts of low saliency go), one-shot grouping (those of high frequency dominate) and
+REAM (those of high REAP saliency are the centroids).
 """
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from launch.errors import ConfigError
+from llm.moe.allocation import by_frequency
 from llm.moe.choices import check_choice
 from llm.moe.statistics import LayerStatistics
 
@@ -48,20 +48,14 @@ def most_salient(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
-def keep(scores: Tensor, count: int, *, scope: Scope = "layer", minimum: int | None = None) -> Tensor:
+def keep(scores: Tensor, count: int, *, scope: Scope = "layer") -> Tensor:
     """bool [L, E]: which experts of all layers stay, by their scores [L, E].
 
-    layer: the `count` best of each layer. global: first the `minimum` best of each layer (a quarter of `count`, rounded
-    up, by default), then the best of all others, until exactly count * L are kept: the official code, which has a
-    threshold instead, keeps one more or fewer and can empty a layer. Global ranks compare the scores of layers, which
-    suits frequency and probability; expert outputs grow with depth, and so do ean and reap.
+    layer: the `count` best of each layer. global: exactly count * L, the best of all layers, but at least a quarter of
+    `count` in each (`allocation.by_frequency`); the official code has a threshold instead, which keeps some more or
+    fewer and can empty a layer. Global ranks compare scores of different layers, which suits frequency and probability:
+    expert outputs grow with depth, and with them ean and reap.
     """
     check_choice("scope", scope, Scope)
-    if scope == "layer":
-        return most_salient(scores, count)
-    minimum = max(1, math.ceil(count / 4)) if minimum is None else minimum
-    if minimum > count:
-        raise ConfigError(f"at least {minimum} experts a layer are more than the {count} that are kept on average")
-    kept = most_salient(scores, minimum)
-    others = scores.masked_fill(kept, -torch.inf).flatten()
-    return kept | most_salient(others, (count - minimum) * len(scores)).view_as(kept)
+    counts = by_frequency(scores.numpy(), count) if scope == "global" else [count] * len(scores)
+    return torch.stack([most_salient(layer, number) for layer, number in zip(scores, counts, strict=True)])
