@@ -15,8 +15,8 @@ from llm.moe.representations import Array
 def one_shot_labels(similarity: Array, dominant: Tensor, *, group_limit: int | None = None) -> Tensor:
     """Labels int64 [E]: c for the c-th dominant expert and those that join it. similarity: [E, E]; dominant: bool [E].
 
-    Of equally similar dominant experts the first is joined. A group of more than `group_limit` experts, the dominant one
-    included, expels the least similar, which goes to its next best group, as in the published code of HC-SMoE (4 there).
+    Of equally similar dominant experts the first is joined. A group of more than `group_limit` experts, its dominant
+    one included, expels the least similar, which goes to its next best group, as in the published code (4 there).
     That is deferred acceptance (Gale and Shapley, 1962): where no two similarities are equal, the outcome does not
     depend on the order in which experts come. ConfigError if the groups cannot hold all experts.
     """
