@@ -70,7 +70,8 @@ def measure_layer(walk: Walk, index: int, experts: Experts, runtime: Runtime) ->
     def on_tokens(number: int, tokens: LayerTokens) -> None:
         seen[number] = measure(experts, tokens, walk.source.shape.rule)
 
-    runtime.together(lambda: walk.layer(index, experts, on_tokens))
+    runtime.together(lambda: walk.look(index, on_tokens))
+    runtime.together(lambda: walk.layer(index, experts))
     everyone: dict[int, LayerStatistics] = {}
     for part in runtime.gather(seen):
         everyone |= part

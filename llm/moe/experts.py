@@ -132,6 +132,9 @@ class MergedLayer:
         """bool [E]: the experts that the router may still select."""
         return self.expert_map != DROPPED
 
+    def to(self, device: torch.device) -> "MergedLayer":
+        return MergedLayer(expert_map=self.expert_map.to(device), experts=self.experts.to(device))
+
 
 def mixture(experts: Experts, tokens: Tensor, routing: Routing, expert_map: Tensor | None = None) -> Tensor:
     """y(x) [T, d] of tokens [T, d]; with a map, of the merged layer. The plain loop that all else is tested against."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -61,7 +60,7 @@ def merge(source: Source, statistics: Path, config: MergeConfig, out: Path, runt
         elif walk is None:
             runtime.decide(lambda e=experts, g=grouped, i=index: _make(config, source, e, g, [], out, i))
         else:
-            tokens = _all_tokens(walk, index, experts, runtime)
+            tokens = _all_tokens(walk, index, runtime)
             runtime.decide(lambda e=experts, g=grouped, t=tokens, i=index: _make(config, source, e, g, t, out, i))
         if walk is not None:
             behind = load_layer(out, index).to(runtime.device) if config.sequential else experts
@@ -88,14 +87,14 @@ def _make(
     save_layer(merge_layer(config, experts, groups, tokens, rule), out, index)
 
 
-def _all_tokens(walk: Walk, index: int, experts: Experts, runtime: Runtime) -> list[LayerTokens]:
+def _all_tokens(walk: Walk, index: int, runtime: Runtime) -> list[LayerTokens]:
     """Collective. What a layer sees of each block of the text, in the order of the text, on rank 0 (else empty)."""
     seen: dict[int, LayerTokens] = {}
 
     def on_tokens(number: int, tokens: LayerTokens) -> None:
         seen[number] = tokens
 
-    runtime.together(lambda: walk.look(index, experts, on_tokens))
+    runtime.together(lambda: walk.look(index, on_tokens))
     parts = runtime.gather({number: (tokens.hidden.cpu(), tokens.logits.cpu()) for number, tokens in seen.items()})
     if not runtime.is_main:
         return []
@@ -156,8 +155,8 @@ def _begin(source: Source, text_sha256: str, config: MergeConfig, out: Path) -> 
         for key in ("model", "text_sha256", "recipe"):
             if found[key] != mine[key]:
                 raise ConfigError(
-                    f"{out} was begun with another {key.removesuffix('_sha256')} ({found[key]}); choose another folder, "
-                    "or remove it"
+                    f"{out} was begun with another {key.removesuffix('_sha256')} ({found[key]}); choose another "
+                    "folder, or remove it"
                 )
         return
     if out.exists() and any(out.iterdir()):

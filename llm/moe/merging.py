@@ -68,23 +68,27 @@ def weighted_experts(experts: Experts, labels: Tensor, alpha: Tensor) -> Experts
     Sums are float64 on the CPU and float32 elsewhere, cast once. Beyond the result, |C| x 128 MiB are held.
     """
     clusters = members(labels)
-    return Experts(
-        gate_up=_weighted_sums(experts.gate_up, clusters, alpha), down=_weighted_sums(experts.down, clusters, alpha)
-    )
+    merged = unset_experts(len(clusters), experts)
+    for label, cluster in enumerate(clusters):
+        _write_weighted_sum(merged.gate_up[label], experts.gate_up, cluster, alpha)
+        _write_weighted_sum(merged.down[label], experts.down, cluster, alpha)
+    return merged
 
 
-def _weighted_sums(weights: Tensor, clusters: list[Tensor], alpha: Tensor) -> Tensor:
-    """[r, rows, columns] of [E, rows, columns]."""
+def unset_experts(count: int, like: Experts) -> Experts:
+    """`count` experts of the shapes, type and device of `like`, to be written one at a time."""
+    gate_up = like.gate_up.new_empty(count, *like.gate_up.shape[1:])
+    return Experts(gate_up=gate_up, down=like.down.new_empty(count, *like.down.shape[1:]))
+
+
+def _write_weighted_sum(target: Tensor, weights: Tensor, cluster: Tensor, alpha: Tensor) -> None:
+    """target: [rows, columns]; weights: [E, rows, columns]."""
     wide = torch.float64 if weights.device.type == "cpu" else torch.float32
-    result = weights.new_empty(len(clusters), *weights.shape[1:])
-    step = max(1, _ELEMENTS // weights.shape[2])
-    for merged, cluster in zip(result, clusters, strict=True):
-        cluster = cluster.to(weights.device)
-        shares = alpha.to(weights.device, wide)[cluster]
-        for start in range(0, weights.shape[1], step):
-            part = slice(start, start + step)
-            merged[part] = torch.tensordot(shares, weights[cluster, part].to(wide), dims=1).to(weights.dtype)
-    return result
+    cluster = cluster.to(weights.device)
+    shares = alpha.to(weights.device, wide)[cluster]
+    for start in range(0, len(target), step := max(1, _ELEMENTS // weights.shape[2])):
+        part = slice(start, start + step)
+        target[part] = torch.tensordot(shares, weights[cluster, part].to(wide), dims=1).to(target.dtype)
 
 
 def _gate_aware_scores(labels: Tensor, statistics: LayerStatistics) -> Tensor:

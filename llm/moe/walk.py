@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from launch.errors import DataError
 from llm.moe.architectures import layer_prefix
-from llm.moe.experts import Experts, LayerTokens, MergedLayer, RoutingRule, merged_output, mixture, route
+from llm.moe.experts import Experts, LayerTokens, MergedLayer, merged_output, mixture, route
 from llm.moe.source import Source
 
 _MATMUL = {"cpu": torch.float32}  # bfloat16 is correct on most CPUs and ten times slower
@@ -32,25 +32,43 @@ class Walk:
     model: Any  # the base model of transformers without weights: layers lend their code, and are filled in turn
 
     @torch.no_grad()
-    def layer(self, index: int, experts: Experts | MergedLayer | None, on_tokens: OnTokens | None = None) -> None:
+    def layer(self, index: int, experts: Experts | MergedLayer | None) -> None:
         """Take all blocks through layer `index`.
 
         experts: those of a MoE layer, on the walk's device, or the merged layer in their place; None for a dense layer.
         """
-        decoder = self._decoder(index)
-        block = _Experts(experts, self.source.shape.rule, on_tokens) if experts is not None else None
-        if block is not None:
-            decoder.mlp.experts = block
-            decoder.mlp.gate.register_forward_hook(lambda _module, _inputs, found: block.take_logits(found[0]))
-        for number, hidden in self.hidden.items():
-            if block is not None:
-                block.number = number
-            inputs = hidden.to(self.device, self.dtype)[None]  # [1, L, d]
-            found = decoder(inputs, **self._positions(index, inputs))
-            self.hidden[number] = (found if isinstance(found, Tensor) else found[0])[0].to(hidden)
+        rule = self.source.shape.rule
 
-    def _decoder(self, index: int) -> Any:
-        """Layer `index` with its weights, but for its experts; the model keeps none of them."""
+        def compute(tokens: LayerTokens) -> Tensor:
+            if isinstance(experts, MergedLayer):
+                return merged_output(experts, tokens, rule)
+            assert experts is not None
+            return mixture(experts, tokens.hidden, route(tokens.logits, rule))
+
+        decoder = self._decoder(index, compute)
+        for number, hidden in self.hidden.items():
+            self.hidden[number] = self._pass(decoder, index, hidden).to(hidden)
+
+    @torch.no_grad()
+    def look(self, index: int, on_tokens: OnTokens) -> None:
+        """Show what the experts of MoE layer `index` get of each block; all blocks stay before the layer."""
+        waiting = list(self.hidden)
+
+        def show(tokens: LayerTokens) -> Tensor:
+            on_tokens(waiting.pop(0), tokens)
+            return torch.zeros_like(tokens.hidden)
+
+        decoder = self._decoder(index, show)
+        for hidden in self.hidden.values():
+            self._pass(decoder, index, hidden)
+
+    def _pass(self, decoder: Any, index: int, hidden: Tensor) -> Tensor:
+        inputs = hidden.to(self.device, self.dtype)[None]  # [1, L, d]
+        found = decoder(inputs, **self._positions(index, inputs))
+        return (found if isinstance(found, Tensor) else found[0])[0]
+
+    def _decoder(self, index: int, compute: Callable[[LayerTokens], Tensor]) -> Any:
+        """Layer `index` with its weights, and with `compute` for its experts, if it has some."""
         prefix = layer_prefix(index)
         state = {
             name.removeprefix(prefix).replace(f"{self.source.shape.architecture.block}.", "mlp."): self.source.tensor(
@@ -65,6 +83,9 @@ class Walk:
         if absent or surplus:
             problem = f"lacks {absent[0]}" if absent else f"has an entry {surplus[0]} that its class does not know"
             raise DataError(f"layer {index} of {self.source.folder} {problem}; is config.json that of these weights?")
+        if index in self.source.shape.moe_layers:
+            decoder.mlp.experts = block = _Experts(compute)
+            decoder.mlp.gate.register_forward_hook(lambda _module, _inputs, found: block.take_logits(found[0]))
         return decoder
 
     def _positions(self, index: int, inputs: Tensor) -> dict[str, Any]:
@@ -84,12 +105,11 @@ class Walk:
 
 
 class _Experts(nn.Module):
-    """In place of a layer's fused experts: shows their input and the router's logits to whoever walks."""
+    """In place of a layer's fused experts: hands their input and the router's logits on."""
 
-    def __init__(self, experts: Experts | MergedLayer, rule: RoutingRule, on_tokens: OnTokens | None) -> None:
+    def __init__(self, compute: Callable[[LayerTokens], Tensor]) -> None:
         super().__init__()
-        self.number = -1
-        self._experts, self._rule, self._on_tokens = experts, rule, on_tokens
+        self._compute = compute
         self._logits: Tensor | None = None
 
     def take_logits(self, logits: Tensor) -> None:
@@ -97,12 +117,7 @@ class _Experts(nn.Module):
 
     def forward(self, hidden: Tensor, _selected: Tensor, _gates: Tensor) -> Tensor:
         assert self._logits is not None
-        tokens = LayerTokens(hidden=hidden, logits=self._logits)
-        if self._on_tokens is not None:
-            self._on_tokens(self.number, tokens)
-        if isinstance(self._experts, MergedLayer):
-            return merged_output(self._experts, tokens, self._rule)
-        return mixture(self._experts, hidden, route(tokens.logits, self._rule))
+        return self._compute(LayerTokens(hidden=hidden, logits=self._logits))
 
 
 def start_walk(source: Source, blocks: dict[int, Tensor], device: torch.device) -> Walk:
