@@ -1,4 +1,4 @@
-"""Mixture-of-experts models of 33k to 64k parameters: one of each architecture, and slow, obvious merged forms of them."""
+"""Mixture-of-experts models of 33k to 64k parameters, one of each architecture, and slow, obvious merged forms."""
 
 from collections.abc import Mapping
 from typing import Any
