@@ -37,5 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return importlib.import_module(f"llm.moe.verbs.{verb}").main(rest)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # as torchrun starts it
+    from launch.cli import main as command
+
+    sys.exit(command(["moe", *sys.argv[1:]]))

@@ -26,11 +26,16 @@ class Groups:
     centroids: Tensor  # int64 [r], rising: centroid c has label c
     shares: Tensor  # float64 [E], in proportion to REAP's saliency, sum 1 in each group
 
-    def layer(self, merged: Experts) -> MergedLayer:
-        """The layer whose r experts are `merged`, by label: the router keeps the rows of the centroids alone."""
+    @property
+    def expert_map(self) -> Tensor:
+        """int64 [E]: the router keeps the rows of the centroids alone."""
         expert_map = torch.full_like(self.labels, DROPPED)
         expert_map[self.centroids] = torch.arange(len(self.centroids))
-        return MergedLayer(expert_map=expert_map, experts=merged)
+        return expert_map
+
+    def layer(self, merged: Experts) -> MergedLayer:
+        """The layer whose r experts are `merged`, by label."""
+        return MergedLayer(expert_map=self.expert_map, experts=merged)
 
 
 def ream_similarity(statistics: LayerStatistics) -> Array:

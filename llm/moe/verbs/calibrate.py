@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if options.nproc < 1:
         raise ConfigError(f"--nproc {options.nproc}; the smallest is 1")
     if options.nproc > 1 and "RANK" not in os.environ:
-        return run_local([sys.executable, "-m", "llm.moe.command_line", "calibrate", *argv], options.nproc)
+        return run_local([sys.executable, "-m", "launch", "moe", "calibrate", *argv], options.nproc)
     runtime = runtimes.start(device=options.device, timeout_seconds=_PATIENCE_S)
     try:
         calibrate(source, lambda: build_text(config, _tokenizer(options.model)), options.out, runtime)
