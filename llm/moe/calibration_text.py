@@ -22,6 +22,7 @@ from torch import Tensor
 from launch.errors import ConfigError, DataError
 from llm.data.documents import Input, split_of
 from llm.data.prepare import open_named
+from llm.data.shards import Split
 
 _DOCUMENTS_PER_BLOCK = 16  # as the official code takes them, and more if they are short
 
@@ -38,12 +39,12 @@ class CalibrationConfig:
     seed: int = 42  # of the order of documents
     text_field: str = "text"  # of JSON lines and Parquet
 
-    def check(self) -> None:
+    def check(self, path: str = "calibration") -> None:
         if not self.data:
-            raise ConfigError("calibration needs text: --data FILE, a folder, or the name of a fetched corpus")
+            raise ConfigError(f"{path}.data is empty: name a file, a folder, or a fetched corpus")
         for name, value in (("blocks", self.blocks), ("block_length", self.block_length)):
             if value < 1:
-                raise ConfigError(f"calibration.{name} = {value}; the smallest is 1")
+                raise ConfigError(f"{path}.{name} = {value}; the smallest is 1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,15 +59,18 @@ class CalibrationText:
         return hashlib.sha256(self.blocks.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def build_text(config: CalibrationConfig, tokenizer: Any) -> CalibrationText:
-    """Blocks of all sources, in the order of the sources. DataError if one of them has too little text."""
+def build_text(config: CalibrationConfig, tokenizer: Any, *, split: Split = "train") -> CalibrationText:
+    """Blocks of all sources, in the order of the sources. DataError if one of them has too little text.
+
+    split: of the documents; "test" is what models are judged by.
+    """
     config.check()
     named = [_parse(text) for text in config.data]
     blocks, sources = [], []
     for (name, _), wanted in zip(named, _shares([weight for _, weight in named], config.blocks), strict=True):
         if wanted:
             opened = open_named(name, format=None, text_field=config.text_field)
-            blocks.append(_blocks(opened, name, wanted, config, tokenizer))
+            blocks.append(_blocks(opened, name, wanted, config, tokenizer, split))
             sources += [name] * wanted
     return CalibrationText(blocks=torch.from_numpy(np.concatenate(blocks)), sources=tuple(sources))
 
@@ -109,25 +113,27 @@ def _shares(weights: Sequence[float], blocks: int) -> list[int]:
     return found.tolist()
 
 
-def _blocks(opened: Input, name: str, wanted: int, config: CalibrationConfig, tokenizer: Any) -> np.ndarray:
+def _blocks(
+    opened: Input, name: str, wanted: int, config: CalibrationConfig, tokenizer: Any, split: Split
+) -> np.ndarray:
     """int64 [wanted, block_length]."""
     length = config.block_length
     for attempt in count():
         limit = wanted * _DOCUMENTS_PER_BLOCK * 4**attempt
-        texts = _first_documents(opened, limit, config.seed)
+        texts = _first_documents(opened, limit, config.seed, split)
         ids = [token for part in tokenizer(texts)["input_ids"] for token in part] if texts else []
         if len(ids) >= wanted * length:
             return np.array(ids[: wanted * length], dtype=np.int64).reshape(wanted, length)
         if len(texts) < limit:
             raise DataError(
-                f"{name} gives {len(ids):,} calibration tokens in {len(texts)} documents, and {wanted} blocks of "
-                f"{length} need {wanted * length:,}; ask for fewer or shorter blocks, or add text"
+                f"{name} gives {len(ids):,} tokens in {len(texts)} documents of its {split} split, and {wanted} blocks "
+                f"of {length} need {wanted * length:,}; ask for fewer or shorter blocks, or add text"
             )
     raise AssertionError("unreachable: the number of documents is finite")
 
 
-def _first_documents(opened: Input, limit: int, seed: int) -> list[str]:
-    """Texts of the first `limit` training documents, in the order of a hash of seed, source and key."""
+def _first_documents(opened: Input, limit: int, seed: int, split: Split) -> list[str]:
+    """Texts of the first `limit` documents of a split, in the order of a hash of seed, source and key."""
 
     def rank(source: str, key: str) -> bytes:
         return hashlib.sha256(f"{seed}:{source}:{key}".encode()).digest()
@@ -136,6 +142,6 @@ def _first_documents(opened: Input, limit: int, seed: int) -> list[str]:
     ranked = (
         (rank(document.source, document.key), document.text)
         for document in documents
-        if split_of(document.source, document.key) == "train"
+        if split_of(document.source, document.key) == split
     )
     return [text for _, text in heapq.nsmallest(limit, ranked)]

@@ -14,7 +14,7 @@ VERBS = {
     "export": "a checkpoint that loads, from merged layers: compact, expanded or shrunk",
     "inspect": "which experts of a layer are alike: a dendrogram and a map",
     "report": "what a merge costs: errors by layer, distinct experts, sizes",
-    "evaluate": "perplexity, tasks and generation of a model and its merged forms, side by side",
+    "compare": "perplexity, texts and tasks of models merged by many recipes, side by side",
     "upcycle": "a mixture of experts out of a dense Llama, to train on",
 }
 

@@ -5,12 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from launch import runtime as runtimes
 from launch.errors import ConfigError
 from launch.local import run_local
 from llm.moe.architectures import MoeShape
+from llm.moe.assemble import load_tokenizer
 from llm.moe.calibrate import calibrate
 from llm.moe.calibration_text import CalibrationConfig, build_text
 from llm.moe.source import Source, open_source
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         return run_local([sys.executable, "-m", "launch", "moe", "calibrate", *argv], options.nproc)
     runtime = runtimes.start(device=options.device, timeout_seconds=_PATIENCE_S)
     try:
-        calibrate(source, lambda: build_text(config, _tokenizer(options.model)), options.out, runtime)
+        calibrate(source, lambda: build_text(config, load_tokenizer(options.model)), options.out, runtime)
         runtime.barrier()
         if runtime.is_main:
             print(f"{options.out}: statistics of {len(source.shape.moe_layers)} layers")
@@ -90,18 +90,6 @@ def layer_bytes(source: Source) -> int:
 
 def file_bytes(source: Source) -> list[int]:
     return [(source.folder / file).stat().st_size for file in sorted(set(source.shards.values()))]
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{folder} has no tokenizer that transformers opens ({str(error).splitlines()[0]}); calibration text is "
-            "made with the model's own"
-        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:

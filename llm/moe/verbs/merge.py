@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unmask moe merge",
         description=(
-            "Make fewer experts of those of each layer, from the statistics of `unmask moe calibrate`, one layer in memory. "
-            "Killed, the same command goes on with the next layer. The model is never written to."
+            "Make fewer experts of those of each layer from the statistics of `unmask moe calibrate`, one layer in "
+            "memory. Killed, the same command goes on with the next layer; the model itself is never touched."
         ),
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
