@@ -23,37 +23,52 @@ Allocation = Literal[
 
 
 def allocate(
-    allocation: Allocation, clusters: int, frequencies: Array, dendrograms: Sequence[Dendrogram] = ()
+    allocation: Allocation,
+    clusters: int,
+    frequencies: Array,
+    dendrograms: Sequence[Dendrogram] = (),
+    *,
+    alone: int = 0,
 ) -> list[int]:
     """Clusters of each of L layers. frequencies: [L, E], `LayerStatistics.frequency`; dendrograms: L, for that choice.
 
-    ConfigError for another allocation, a number that no layer can have, or a choice without its dendrograms.
+    alone: experts of each layer that merge with none, which takes a cluster for each and one for the others.
+    ConfigError for another allocation, a number that no layer can have, a choice without its dendrograms, or a layer
+    left with too few clusters.
     """
     check_choice("allocation", allocation, Allocation)
     layers, experts = frequencies.shape
-    check_clusters(clusters, experts)
+    fewest = min(alone + 1, experts)
+    check_clusters(clusters, experts, fewest)
     if allocation == "uniform":
         return [clusters] * layers
     if allocation == "frequency":
-        return by_frequency(frequencies, clusters)
-    if allocation == "official_frequency":
-        return by_official_threshold(frequencies, clusters)
-    if not dendrograms:
-        raise ConfigError("allocation = 'dendrogram' has no dendrograms to go by; cluster by a linkage, not by k-means")
-    return by_dendrogram(dendrograms, clusters)
+        return by_frequency(frequencies, clusters, fewest=fewest)
+    if allocation == "dendrogram":
+        if not dendrograms:
+            raise ConfigError("allocation = 'dendrogram' goes by trees, and k-means grows none; cluster by a linkage")
+        return by_dendrogram(dendrograms, clusters)
+    found = by_official_threshold(frequencies, clusters)
+    if min(found) < fewest:
+        raise ConfigError(
+            f"allocation = {allocation!r} leaves layer {found.index(min(found))} (of those with experts) {min(found)} "
+            f"clusters, and it needs {fewest}; use 'frequency', which sees to that"
+        )
+    return found
 
 
-def by_frequency(frequencies: Array, clusters: int) -> list[int]:
+def by_frequency(frequencies: Array, clusters: int, *, fewest: int = 1) -> list[int]:
     """Each layer's number of experts among the r L most frequent ones of all layers, exactly r L in total.
 
-    max(1, ceil(r / 4)) of every layer come first. Of equal frequencies the earlier layer, then the earlier expert.
+    `fewest` or ceil(r / 4) of every layer, whichever is more, come first. Of equal frequencies the earlier layer, then
+    the earlier expert.
     """
     layers, _ = frequencies.shape
-    fewest = max(1, -(-clusters // 4))
-    beyond = -np.sort(-frequencies, axis=1)[:, fewest:]  # what a layer offers after its minimum, most frequent first
-    order = np.argsort(-beyond, axis=None, kind="stable")[: (clusters - fewest) * layers]
+    first = max(fewest, -(-clusters // 4))
+    beyond = -np.sort(-frequencies, axis=1)[:, first:]  # what a layer offers after its minimum, most frequent first
+    order = np.argsort(-beyond, axis=None, kind="stable")[: (clusters - first) * layers]
     owners = order // max(1, beyond.shape[1])
-    return (fewest + np.bincount(owners, minlength=layers)).tolist()
+    return (first + np.bincount(owners, minlength=layers)).tolist()
 
 
 def by_official_threshold(frequencies: Array, clusters: int) -> list[int]:

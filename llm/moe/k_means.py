@@ -77,17 +77,16 @@ def _seeds(squares: Array, clusters: int, seeding: Seeding, key: int) -> Labels:
 def _lloyd(squares: Array, seeds: Labels, assignment: Assignment) -> Labels:
     clusters = len(seeds)
     to_centres = squares[:, seeds]  # [E, r]
-    labels = None
+    labels = np.full(len(squares), -1)
     for _ in range(ITERATIONS):
         found = _assigned(to_centres, assignment)
         _fill_empty(found, to_centres, clusters)
-        if labels is not None and (found == labels).all():
+        if (found == labels).all():
             break
         labels = found
         shares = np.eye(clusters)[labels] / np.bincount(labels, minlength=clusters)  # [E, r]
         means = squares @ shares
         to_centres = np.maximum(means - (shares * means).sum(0) / 2, 0)
-    assert labels is not None
     return labels
 
 

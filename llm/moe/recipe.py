@@ -171,7 +171,7 @@ def _clustered(config: MergeConfig, layers: Sequence[tuple[LayerStatistics, Tens
         if config.group == "hierarchical"
     ]
     frequencies = np.stack([statistics.frequency().numpy() for statistics, _ in layers])
-    counts = allocate(config.allocation, config.experts, frequencies, trees)
+    counts = allocate(config.allocation, config.experts, frequencies, trees, alone=config.protect)
     found: list[Groups | None] = []
     for index, (matrix, (statistics, _), count) in enumerate(zip(matrices, layers, counts, strict=True)):
         if config.group == "hierarchical":

@@ -56,6 +56,21 @@ def test_a_layer_that_one_expert_serves_gives_its_clusters_to_the_others():
     assert by_frequency(skewed, 2) == [1, 3]
 
 
+def test_every_layer_keeps_a_quarter_of_the_average_whatever_its_frequencies():
+    rare = np.full((3, 16), 0.01)
+    rare[0, 0] = 0.85  # one expert serves the first layer
+    rare[1:] = 1 / 16
+    assert by_frequency(rare, 7) == slow_by_frequency(rare, 7) == [2, 16, 3]
+
+
+@pytest.mark.parametrize("alone", [2, 4])
+def test_every_layer_keeps_a_cluster_for_each_protected_expert_and_one_for_the_others(alone):
+    skewed = np.array([[0.97, 0.01, 0.01, 0.01, 0, 0], [1 / 6] * 6])
+    assert allocate("frequency", 5, skewed, alone=alone) == ([4, 6] if alone == 2 else [5, 5])
+    with pytest.raises(ConfigError, match=rf"{alone} clusters of a layer's 6 .* from {alone + 1} to 6"):
+        allocate("uniform", alone, skewed, alone=alone)
+
+
 def test_the_published_threshold_keeps_one_expert_too_many_and_may_empty_a_layer():
     assert sum(by_official_threshold(shares(), 3)) == 3 * LAYERS + 1
     assert allocate("official_frequency", 1, np.array([[0.6, 0.4, 0.0], [0.34, 0.33, 0.33]])) == [2, 1]
@@ -98,7 +113,9 @@ def test_errors_name_the_value_and_the_remedy():
         allocate("uniform", 0, shares())
     with pytest.raises(ConfigError, match=r"allocation = 'frequencies' is unknown.*did you mean 'frequency'"):
         allocate("frequencies", 2, shares())
-    with pytest.raises(ConfigError, match=r"no dendrograms.*not by k-means"):
+    with pytest.raises(ConfigError, match=r"k-means grows none; cluster by a linkage"):
         allocate("dendrogram", 2, shares())
+    with pytest.raises(ConfigError, match=r"leaves layer 0 .* 0 clusters, and it needs 1; use 'frequency'"):
+        allocate("official_frequency", 1, np.array([[1 / 3] * 3, [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]))
     with pytest.raises(ConfigError, match=r"2 clusters per layer are 8 in 4 layers.*at least 16; ask for 4 or more"):
         by_dendrogram(trees(keep=[0, 1, 2]), 2)

@@ -88,8 +88,8 @@ def test_copies_still_give_as_many_clusters_as_were_asked_for(seeding):
 
 
 def test_a_cluster_that_loses_its_members_takes_the_farthest_expert():
-    vectors = np.array([[0.0], [0.0], [0.1], [7.0]])  # the copy of the first seed is left without members
-    assert k_means(between(vectors), 2, key=KEY, seeding="first").tolist() == [0, 0, 0, 1]
+    vectors = np.array([[0.0], [0.0], [1.5], [-6.0], [7.0]])  # the copy of the first seed is left without members
+    assert k_means(between(vectors), 2, key=KEY, seeding="first").tolist() == [0, 0, 0, 0, 1]
 
 
 def test_kept_experts_stay_alone():
