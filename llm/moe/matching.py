@@ -137,7 +137,7 @@ def zipit(
 def zip_places(similarity: Tensor, places: int, damping: float) -> Tensor:
     """The place 0..places-1 of each of N features, int64 [N], by similarity [N, N], which is overwritten.
 
-    Of a pair, the row that changed earlier looks for the later one, and each row keeps its best: a step then reads a few
+    Of a pair, the row that changed earlier looks for the later one, and each row keeps its best: a step then reads few
     rows again instead of N^2 numbers. (With both rows looking, nearly all would point to the few features that no merge
     has damped yet, and be read again when these go.)
     """
