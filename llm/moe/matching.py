@@ -137,27 +137,37 @@ def zipit(
 def zip_places(similarity: Tensor, places: int, damping: float) -> Tensor:
     """The place 0..places-1 of each of N features, int64 [N], by similarity [N, N], which is overwritten.
 
-    Each row's maximum and its column are kept up to date, so that a step costs a few rows, not N^2.
+    Of a pair, the row that changed earlier looks for the later one, and each row keeps its best: a step then reads few
+    rows again instead of N^2 numbers. (With both rows looking, nearly all would point to the few features that no merge
+    has damped yet, and be read again when these go.)
     """
     count = len(similarity)
-    similarity.fill_diagonal_(-1.0)
-    best, partner = similarity.max(dim=1)
+    changed = torch.arange(count)  # when
+    best = torch.empty(count, dtype=similarity.dtype)
+    partner = torch.empty(count, dtype=torch.int64)
+
+    def look(rows: Tensor) -> None:
+        later = changed > changed[rows, None]
+        best[rows], partner[rows] = similarity[rows].masked_fill_(~later, -torch.inf).max(dim=1)
+
+    for rows in changed.clone().split(256):
+        look(rows)
     joined = list(range(count))
-    for _ in range(count - places):
+    for step in range(count - places):
         row = int(best.argmax())
         kept, gone = sorted((row, int(partner[row])))
         joined[gone] = kept
         new = damping * torch.minimum(similarity[kept], similarity[gone])
-        new[kept], new[gone] = -1.0, -torch.inf
+        new[gone] = -torch.inf
         similarity[kept], similarity[:, kept] = new, new
         similarity[gone], similarity[:, gone] = -torch.inf, -torch.inf
-        closer = (new > best) | ((new == best) & (partner > kept))
-        best[closer], partner[closer] = new[closer], kept
+        changed[kept], changed[gone] = count + step, -1
+        best[kept] = best[gone] = -torch.inf
         stale = (partner == kept) | (partner == gone)
-        stale[kept] = True
-        best[stale], partner[stale] = similarity[stale].max(dim=1)
-        best[gone] = -torch.inf
-        partner[gone] = gone
+        closer = new > best
+        closer[kept] = stale[kept] = stale[gone] = False
+        best[closer], partner[closer] = new[closer], kept
+        look(stale.nonzero(as_tuple=True)[0])
     survivors = {feature: place for place, feature in enumerate(f for f in range(count) if joined[f] == f)}
     for feature in range(count):  # a feature only ever joins one of a smaller index
         joined[feature] = joined[joined[feature]]
