@@ -7,6 +7,7 @@ which one member alone is ever selected, with that member's row; and s equal mem
 with a top k of k / s.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,39 +57,41 @@ def cluster_gates(tokens: LayerTokens, expert_map: Tensor, rule: RoutingRule) ->
 
 
 def fit_router(
-    start: Tensor, tokens: LayerTokens, expert_map: Tensor, rule: RoutingRule, *, iterations: int = 100
+    start: Tensor, batches: Sequence[LayerTokens], expert_map: Tensor, rule: RoutingRule, *, iterations: int = 100
 ) -> Tensor:
     """Rows [r, d] whose softmax is nearest to G_c(x) on the calibration tokens; the start itself if nothing is nearer.
 
     Cross-entropy of the cluster gates, by L-BFGS over all tokens at once: deterministic. Gates that do not sum to 1
     (`normalise` is False) leave the rest to the clusters that no gate reaches, so that they are matched as they are.
     """
-    hidden = tokens.hidden.float()
-    targets = cluster_gates(tokens, expert_map, rule)
+    targets = [cluster_gates(batch, expert_map, rule) for batch in batches]
+    count = sum(map(len, targets))
     rows = start.float().clone().requires_grad_()
     optimizer = torch.optim.LBFGS([rows], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
+    @torch.enable_grad()
+    def loss() -> float:
+        """The mean over all tokens, its gradient left with `rows`."""
         optimizer.zero_grad()
-        loss = _cross_entropy(hidden @ rows.T, targets)
-        loss.backward()
-        return loss
+        total = 0.0
+        for batch, gates in zip(batches, targets, strict=True):
+            part = _cross_entropy(batch.hidden.float() @ rows.T, gates) / count
+            part.backward()
+            total += part.item()
+        return total
 
-    with torch.enable_grad():
-        before = closure().item()
-        optimizer.step(closure)
-    with torch.no_grad():
-        after = _cross_entropy(hidden @ rows.T, targets).item()
-    return rows.detach().to(start.dtype) if after < before else start
+    before = loss()
+    optimizer.step(loss)
+    return rows.detach().to(start.dtype) if loss() < before else start
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over tokens of -sum_c G_c log q_c - (1 - sum_c G_c) log(sum of q_c where G_c = 0), q = softmax(logits)."""
+    """Sum over tokens of -sum_c G_c log q_c - (1 - sum_c G_c) log(sum of q_c where G_c = 0), q = softmax(logits)."""
     log_q = functional.log_softmax(logits, dim=-1)  # [T, r]
     reached = targets > 0
     unreached = log_q.masked_fill(reached, _UNREACHED).logsumexp(-1)
     rest = (1 - targets.sum(-1)).clamp_min(0) * ~reached.all(-1)
-    return -((targets * log_q).sum(-1) + rest * unreached).mean()
+    return -((targets * log_q).sum(-1) + rest * unreached).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +104,18 @@ class RouterAgreement:
 
 
 @torch.no_grad()
-def router_agreement(rows: Tensor, tokens: LayerTokens, expert_map: Tensor, rule: RoutingRule) -> RouterAgreement:
+def router_agreement(
+    rows: Tensor, batches: Sequence[LayerTokens], expert_map: Tensor, rule: RoutingRule
+) -> RouterAgreement:
     """Compare the router `rows` [r, d] with the exact one on tokens, which had better not be those of a fit."""
-    targets = cluster_gates(tokens, expert_map, rule)
-    logits = tokens.hidden.float() @ rows.float().T
-    routing = route(logits, small_rule(rule, len(rows)))
-    shares = (targets / targets.sum(-1, keepdim=True)).double()
-    log_q = functional.log_softmax(logits.double(), dim=-1)
-    return RouterAgreement(
-        divergence=float((torch.xlogy(shares, shares) - shares * log_q).sum(-1).mean()),
-        top1=float((targets.argmax(-1) == logits.argmax(-1)).double().mean()),
-        gate_ratio=float((targets.sum(-1).double() / routing.gates.sum(-1).double()).mean()),
-    )
+    total = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        targets = cluster_gates(batch, expert_map, rule).double()
+        logits = batch.hidden.float() @ rows.float().T
+        shares, log_q = targets / targets.sum(-1, keepdim=True), functional.log_softmax(logits.double(), dim=-1)
+        divergence = (torch.xlogy(shares, shares) - shares * log_q).sum()
+        agreed = (targets.argmax(-1) == logits.argmax(-1)).sum()
+        ratio = (targets.sum(-1) / route(logits, small_rule(rule, len(rows))).gates.double().sum(-1)).sum()
+        total += torch.stack([divergence, agreed, ratio]).cpu()
+    divergence, top1, gate_ratio = (total / sum(len(batch.hidden) for batch in batches)).tolist()
+    return RouterAgreement(divergence=divergence, top1=top1, gate_ratio=gate_ratio)

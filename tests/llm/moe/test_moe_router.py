@@ -120,27 +120,38 @@ def clustered_layer(top_k, normalise):
 def test_a_fit_comes_nearer_to_the_exact_router_on_other_tokens_too(normalise):
     weight, expert_map, rule, tokens, others = clustered_layer(2, normalise)
     start = router_rows(weight, expert_map, "fit", torch.ones(8))
-    rows = fit_router(start, tokens, expert_map, rule)
-    before, after = (router_agreement(r, others, expert_map, rule) for r in (start, rows))
+    rows = fit_router(start, [tokens], expert_map, rule)
+    before, after = (router_agreement(r, [others], expert_map, rule) for r in (start, rows))
     assert after.divergence < 0.6 * before.divergence
     assert after.top1 > before.top1
     if normalise:
         assert after.gate_ratio == pytest.approx(1, abs=1e-6)
     else:
         assert abs(after.gate_ratio - 1) < abs(before.gate_ratio - 1)
-    assert torch.equal(rows, fit_router(start, tokens, expert_map, rule))
+    assert torch.equal(rows, fit_router(start, [tokens], expert_map, rule))
+
+
+def test_batches_do_not_show_in_a_fit_nor_in_an_agreement():
+    weight, expert_map, rule, tokens, _ = clustered_layer(3, False)
+    start = router_rows(weight, expert_map, "fit", torch.ones(8)).float()
+    parts = [LayerTokens(hidden=tokens.hidden[p], logits=tokens.logits[p]) for p in (slice(0, 100), slice(100, 600))]
+    whole, split = (fit_router(start, batches, expert_map, rule, iterations=5) for batches in ([tokens], parts))
+    torch.testing.assert_close(whole, split, rtol=1e-3, atol=1e-4)
+    one, two = (router_agreement(whole, batches, expert_map, rule) for batches in ([tokens], parts))
+    for name in ("divergence", "top1", "gate_ratio"):
+        assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-6)
 
 
 def test_a_fit_that_brings_nothing_nearer_returns_its_start():
     weight, expert_map, rule, tokens, _ = clustered_layer(2, True)
     start = router_rows(weight, expert_map, "fit", torch.ones(8))
-    assert torch.equal(fit_router(start, tokens, expert_map, rule, iterations=0), start)
+    assert torch.equal(fit_router(start, [tokens], expert_map, rule, iterations=0), start)
 
 
 def test_where_every_expert_is_selected_a_fit_of_single_experts_stays_exact():
     weight, expert_map, rule = random_router(4), torch.arange(4), RoutingRule(top_k=4, normalise=True)
     tokens = tokens_of(weight)
-    agreement = router_agreement(fit_router(weight, tokens, expert_map, rule), tokens, expert_map, rule)
+    agreement = router_agreement(fit_router(weight, [tokens], expert_map, rule), [tokens], expert_map, rule)
     assert agreement.divergence < 1e-6 and agreement.top1 == 1 and agreement.gate_ratio == pytest.approx(1, abs=1e-6)
 
 
@@ -148,13 +159,13 @@ def test_agreement_is_zero_divergence_for_the_exact_router_and_by_hand_otherwise
     weight = torch.tensor([[0.0, 1.0], [0.0, -1.0]])
     tokens = LayerTokens(hidden=(hidden := torch.tensor([[1.0, 1.0], [1.0, -2.0]])), logits=hidden @ weight.T)
     rule, single = RoutingRule(top_k=2, normalise=True), torch.arange(2)
-    exact = router_agreement(weight, tokens, single, rule)
+    exact = router_agreement(weight, [tokens], single, rule)
     assert exact.divergence == pytest.approx(0, abs=1e-7) and exact.top1 == 1
-    flat = router_agreement(torch.zeros(2, 2), tokens, single, rule)
+    flat = router_agreement(torch.zeros(2, 2), [tokens], single, rule)
     p = torch.softmax(tokens.logits, -1).double()
     assert flat.divergence == pytest.approx(float((p * (2 * p).log()).sum(-1).mean()), rel=1e-5)
     assert flat.top1 == 0.5  # equal logits name the first
     one = RoutingRule(top_k=1, normalise=False)
-    assert router_agreement(torch.zeros(2, 2), tokens, single, one).gate_ratio == pytest.approx(
+    assert router_agreement(torch.zeros(2, 2), [tokens], single, one).gate_ratio == pytest.approx(
         float((p.amax(-1) / 0.5).mean()), rel=1e-6
     )

@@ -5,18 +5,20 @@ import torch
 from torch.nn import functional
 
 from launch.errors import ConfigError
-from llm.moe.experts import RoutingRule, merged_output
+from llm.moe.alignment import aligned_average, permutations
+from llm.moe.experts import LayerTokens, RoutingRule, merged_output
+from llm.moe.matching import ClusterTokens
 from llm.moe.merging import weighted_experts
 from llm.moe.pruning import prune
 from llm.moe.ream import ream_groups, ream_similarity
 from llm.moe.saliency import saliency
 from llm.moe.statistics import measure
-from tests.llm.moe.made_up_layers import random_experts, random_tokens
+from tests.llm.moe.made_up_layers import random_experts, random_tokens, shuffled_copies
 
 EXPERTS = random_experts(8)
 TOKENS = random_tokens(60, experts=8)
 RULE = RoutingRule(top_k=2, normalise=True)
-STATISTICS, _ = measure(EXPERTS, TOKENS, RULE)
+STATISTICS = measure(EXPERTS, TOKENS, RULE)
 
 
 def with_reap(*scores):
@@ -81,3 +83,14 @@ def test_the_router_forgets_all_but_the_centroids():
 def test_groups_too_small_for_all_experts_are_refused():
     with pytest.raises(ConfigError, match=r"3 groups of at most 2 cannot hold 8 experts; keep at least 4 experts"):
         ream_groups(STATISTICS, 3, group_size=2)
+
+
+def test_a_group_of_one_function_in_different_orders_of_features_stays_that_function():
+    experts, _ = shuffled_copies(3)
+    tokens = LayerTokens(hidden=TOKENS.hidden, logits=TOKENS.logits[:, :3])
+    groups = ream_groups(measure(experts, tokens, RULE), 1)
+    sample = ClusterTokens(batches=[tokens], rule=RULE)
+    order = permutations(experts, groups.labels, groups.centroids, sample, "both")
+    layer = groups.layer(aligned_average(experts, groups.labels, order, groups.shares))
+    expected = experts.output(0, tokens.hidden)  # one expert is left, and its gate is 1
+    torch.testing.assert_close(merged_output(layer, tokens, RULE), expected, rtol=0, atol=1e-6)
