@@ -25,10 +25,11 @@ from llm.moe.allocation import Allocation, allocate
 from llm.moe.clustering import Linkage, centres, dendrogram, labels
 from llm.moe.experts import Experts, LayerTokens, MergedLayer, RoutingRule
 from llm.moe.k_means import k_means
+from llm.moe.least_squares import RIDGES, least_squares
 from llm.moe.matching import ClusterTokens, Ingredients
 from llm.moe.merging import Coefficients, coefficients, weighted_experts
 from llm.moe.one_shot import one_shot_labels
-from llm.moe.pruning import candidate_subsets, prune, subset_errors
+from llm.moe.pruning import candidate_subsets, subset_errors
 from llm.moe.ream import ream_groups
 from llm.moe.representations import Array, Representation, combined, distances, router_similarity
 from llm.moe.saliency import Saliency, Scope, keep, most_salient, saliency
@@ -36,6 +37,7 @@ from llm.moe.statistics import LayerStatistics
 
 Group = Literal["hierarchical", "k_means", "one_shot", "ream", "prune", "o_prune"]
 Match = Literal["none", "permutation", "fix_dominant", "zipit"]
+Fitted = Literal["none", "mixture", "coefficients", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class MergeConfig:
     shares: Coefficients = "frequency"  # weights of the members of a group
     match: Match = "none"  # put the members' inner features in one order first
     ingredients: Ingredients = "activations"  # permutation, fix_dominant: what features are matched by
+    fit: Fitted = "none"  # down projections by least squares: to the cluster's outputs, or to the layer's
+    sweeps: int = 1  # fit = layer: how often each expert is fitted to what the others leave
     group_limit: int | None = None  # one_shot, ream: experts of the largest group (4 in M-SMoE's port, 16 in REAM)
     subsets: int | None = None  # o_prune: random sets of experts to try; null for all
     sequential: bool = False  # calibrate each layer behind the merged ones before it
@@ -72,9 +76,16 @@ class MergeConfig:
             ("match", self.group not in ("prune", "o_prune"), "groups that merge"),
             ("group_limit", self.group in ("one_shot", "ream"), "group = one_shot and ream"),
             ("subsets", self.group == "o_prune", "group = o_prune"),
+            ("sweeps", self.fit == "layer", "fit = layer"),
         ):
             if not applies and getattr(self, name) != getattr(_USUAL, name):
-                raise ConfigError(f"{name} = {getattr(self, name)} works with {to}, not with group = {self.group}")
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)} works with {to}, not with group = {self.group}, fit = {self.fit}"
+                )
+        if self.sweeps < 1:
+            raise ConfigError(f"sweeps = {self.sweeps}; the smallest is 1")
+        if self.fit == "coefficients" and self.group in ("ream", "prune", "o_prune"):
+            raise ConfigError(f"fit = coefficients: group = {self.group} gives most experts no share; use fit=layer")
         if not 0 <= self.protect < self.experts:
             raise ConfigError(f"protect = {self.protect}; of experts = {self.experts} at least one is for all others")
         if self.sequential and self.allocation != "uniform":
@@ -103,7 +114,7 @@ class MergeConfig:
     def reads_tokens(self) -> bool:
         """Whether sums are not enough."""
         by_weights = self.match == "none" or (self.match != "zipit" and self.ingredients == "weights")
-        return self.group == "o_prune" or not by_weights or self.sequential
+        return self.group == "o_prune" or not by_weights or self.fit != "none" or self.sequential
 
 
 _USUAL = MergeConfig(experts=1)
@@ -139,9 +150,16 @@ def merge_layer(
         key = stream_key(config.seed, "o-prune")
         subsets = candidate_subsets(len(experts), config.experts, samples=config.subsets, key=key)
         errors = torch.stack([subset_errors(experts, batch, rule, subsets) for batch in tokens]).sum(0)
-        return prune(experts, subsets[errors.argmin()])
+        groups = _pruned(subsets[errors.argmin()])
     merged = _one_each(config, experts, groups, tokens, rule)
-    return MergedLayer(expert_map=groups.expert_map, experts=merged)
+    layer = MergedLayer(expert_map=groups.expert_map, experts=merged)
+    if config.fit == "none":
+        return layer
+    alpha = groups.shares if config.fit == "coefficients" else None
+    fitted, _ = least_squares(
+        experts, layer, tokens, rule, target=config.fit, alpha=alpha, ridges=RIDGES, sweeps=config.sweeps
+    )
+    return fitted
 
 
 def _one_each(

@@ -36,6 +36,9 @@ RECIPES = {
     "reap": {"group": "prune"},
     "o-prune": {"group": "o_prune", "subsets": 20},
     "sequential": {"sequential": True},
+    "fitted to clusters": {"fit": "mixture"},
+    "fitted to coefficients": {"fit": "coefficients"},
+    "pruned and fitted to the layer": {"group": "prune", "fit": "layer", "sweeps": 2},
 }
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 
@@ -138,6 +141,8 @@ def test_another_recipe_is_refused_where_one_was_begun(calibrated: Path, tmp_pat
         ({"experts": 13}, "13"),
         ({"experts": 0}, "experts = 0"),
         ({"group": "prune", "linkage": "single"}, "linkage = single works with group = hierarchical"),
+        ({"sweeps": 2}, "sweeps = 2 works with fit = layer"),
+        ({"fit": "coefficients", "group": "prune"}, "use fit=layer"),
         ({"protect": 5}, "protect = 5; of experts = 5"),
         ({"sequential": True, "allocation": "dendrogram"}, "use allocation=uniform"),
     ],
