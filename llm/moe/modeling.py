@@ -200,6 +200,11 @@ MODELS = (
 )
 
 
+def classes(model_type: str) -> tuple[type, type]:
+    """The configuration and the model that stand for an original `model_type`: mixtral, qwen2_moe or qwen3_moe."""
+    return next(pair for pair in MODELS if pair[0].model_type == f"hcsmoe_{model_type}")
+
+
 def register() -> None:
     """Let AutoConfig and AutoModelForCausalLM open these models without `trust_remote_code`, and `save_pretrained` copy
     this file next to the weights."""
