@@ -39,7 +39,7 @@ def merge(source: Source, statistics: Path, config: MergeConfig, out: Path, runt
     """
     check_clusters(config.experts, source.shape.num_experts)
     text = runtime.together(lambda: read_calibration(statistics, source))
-    runtime.decide(lambda: _begin(source, text.sha256, config, out))
+    runtime.decide(lambda: _begin(source, statistics, text.sha256, config, out))
     missing = runtime.decide(lambda: [n for n in source.shape.moe_layers if not layer_file(out, n).exists()])
     if not missing:
         return
@@ -142,11 +142,12 @@ def read_merge(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder} is no folder of `unmask moe merge` ({error}); merge first") from None
 
 
-def _begin(source: Source, text_sha256: str, config: MergeConfig, out: Path) -> None:
+def _begin(source: Source, statistics: Path, text_sha256: str, config: MergeConfig, out: Path) -> None:
     mine = {
         "format": FORMAT,
         "model": source.fingerprint,
-        "model_folder": str(source.folder),
+        "model_folder": str(source.folder.resolve()),
+        "statistics": str(statistics.resolve()),
         "text_sha256": text_sha256,
         "recipe": configs.to_dict(config),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from launch.errors import DataError
 from llm.moe.architectures import layer_prefix
@@ -61,6 +62,20 @@ class Walk:
         decoder = self._decoder(index, show)
         for hidden in self.hidden.values():
             self._pass(decoder, index, hidden)
+
+    @torch.no_grad()
+    def logits(self) -> dict[int, Tensor]:
+        """After the last layer: float32 [L, V] by number of the block."""
+        norm, table = "model.norm.weight", "model.embed_tokens.weight"
+        head = self.source.tensor(table if self.source.config.tie_word_embeddings else "lm_head.weight")
+        with torch.device("meta"):
+            last = type(self.model.norm)(self.source.config.hidden_size, eps=self.source.config.rms_norm_eps)
+        last.load_state_dict({"weight": self.source.tensor(norm).to(self.device, self.dtype)}, assign=True)
+        weight = head.to(self.device, self.dtype)
+        return {
+            number: functional.linear(last(hidden.to(self.device, self.dtype)), weight).float()
+            for number, hidden in self.hidden.items()
+        }
 
     def _pass(self, decoder: Any, index: int, hidden: Tensor) -> Tensor:
         inputs = hidden.to(self.device, self.dtype)[None]  # [1, L, d]
