@@ -149,6 +149,28 @@ def test_complete_linkage_of_the_published_code_merges_the_farthest_experts():
     assert labels(dendrogram(distances, "official_complete"), 2).tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("linkage", "count", "width", "agree"),
+    [
+        ("complete", 8, 3, 0),
+        ("complete", 16, 3, 0),
+        ("complete", 60, 32, 0),
+        ("ward", 8, 3, 46),
+        ("ward", 16, 3, 18),
+        ("ward", 60, 32, 0),
+    ],
+)
+def test_how_often_the_published_linkages_agree_with_the_textbook(linkage, count, width, agree):
+    found = 0
+    for seed in range(60):
+        distances = between(points(count, seed, width))
+        usual, published = (
+            labels(dendrogram(distances, name), count // 2) for name in (linkage, f"official_{linkage}")
+        )
+        found += (usual == published).all()
+    assert found == agree
+
+
 @pytest.mark.parametrize("linkage", (*LINKAGES, *OFFICIAL))
 def test_kept_experts_stay_alone_and_the_others_cluster_as_if_without_them(linkage):
     vectors = points(9, seed=4)

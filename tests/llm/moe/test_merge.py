@@ -24,6 +24,7 @@ RECIPES = {
     "single": {"linkage": "single"},
     "two representations": {"representation": "0.5*output+weights"},
     "by dendrogram": {"allocation": "dendrogram"},
+    "by frequency, protected": {"allocation": "frequency", "protect": 4},
     "k-means": {"group": "k_means"},
     "m-smoe": {"group": "one_shot"},
     "ream": {"group": "ream", "match": "permutation", "ingredients": "both", "sequential": True},
