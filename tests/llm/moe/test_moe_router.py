@@ -131,6 +131,18 @@ def test_a_fit_comes_nearer_to_the_exact_router_on_other_tokens_too(normalise):
     assert torch.equal(rows, fit_router(start, [tokens], expert_map, rule))
 
 
+def test_a_fit_to_gates_that_reach_every_cluster_and_leave_a_rest_ends_where_the_cross_entropy_is_flat():
+    weight, expert_map = random_router(4), torch.tensor([0, 1, 0, 1])
+    rule, tokens = RoutingRule(top_k=3, normalise=False), tokens_of(weight, 200)
+    gates = cluster_gates(tokens, expert_map, rule)
+    assert bool((gates > 0).all()) and float(gates.sum(1).min()) < 0.95
+    rows = fit_router(
+        router_rows(weight, expert_map, "fit", torch.ones(4)), [tokens], expert_map, rule
+    ).requires_grad_()
+    (-(gates * torch.log_softmax(tokens.hidden @ rows.T, -1)).sum(1).mean()).backward()
+    assert rows.grad.abs().max() < 1e-5
+
+
 def test_batches_do_not_show_in_a_fit_nor_in_an_agreement():
     weight, expert_map, rule, tokens, _ = clustered_layer(3, False)
     start = router_rows(weight, expert_map, "fit", torch.ones(8)).float()
