@@ -3,7 +3,7 @@ import torch
 
 from launch.errors import ConfigError
 from llm.moe.experts import LayerTokens, MergedLayer, RoutingRule, merged_output, mixture, route
-from llm.moe.pruning import prune
+from llm.moe.pruning import pruned_map
 from llm.moe.router import cluster_gates, fit_router, router_agreement, router_rows, small_rule
 from tests.llm.moe.made_up_layers import random_experts
 
@@ -75,7 +75,8 @@ def test_equal_members_with_equal_rows_in_clusters_of_one_size_are_exact_with_a_
 @pytest.mark.parametrize("top_k", [2, 5])
 def test_a_pruned_layer_is_exact_with_the_rows_that_are_left(normalise, top_k):
     weight, rule = random_router(6), RoutingRule(top_k=top_k, normalise=normalise)
-    layer = prune(random_experts(6), torch.tensor([True, False, True, False, False, True]))
+    kept = torch.tensor([True, False, True, False, False, True])
+    layer = MergedLayer(expert_map=pruned_map(kept), experts=random_experts(6).take(kept.nonzero()[:, 0]))
     for policy in POLICIES:
         rows = router_rows(weight, layer.expert_map, policy, torch.ones(6))
         assert torch.equal(rows, weight[[0, 2, 5]])

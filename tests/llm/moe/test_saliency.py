@@ -52,7 +52,7 @@ def test_frequency_and_probability_order_experts_differently():
 
 
 def test_reap_and_ean_order_experts_differently():
-    # Expert 0 is selected always, with small gates; expert 1 once, with nearly all. REAP is a mean over tokens, EAN a sum.
+    # Expert 0 is selected always, with small gates; expert 1 once, with nearly all. REAP is a mean, EAN a sum.
     logits = torch.tensor([[0.0, -9.0, 5.0]] * 3 + [[-8.0, 9.0, -9.0]])
     same = random_experts(1, dtype=torch.float32).take(torch.tensor([0, 0, 0]))
     tokens = LayerTokens(hidden=torch.ones(4, 8), logits=logits)
