@@ -124,6 +124,7 @@ def test_a_fit_comes_nearer_to_the_exact_router_on_other_tokens_too(normalise):
     rows = fit_router(start, [tokens], expert_map, rule)
     before, after = (router_agreement(r, [others], expert_map, rule) for r in (start, rows))
     assert after.divergence < 0.6 * before.divergence
+    assert after.misplaced < before.misplaced
     assert after.top1 > before.top1
     if normalise:
         assert after.gate_ratio == pytest.approx(1, abs=1e-6)
@@ -151,7 +152,7 @@ def test_batches_do_not_show_in_a_fit_nor_in_an_agreement():
     whole, split = (fit_router(start, batches, expert_map, rule, iterations=5) for batches in ([tokens], parts))
     torch.testing.assert_close(whole, split, rtol=1e-3, atol=1e-4)
     one, two = (router_agreement(whole, batches, expert_map, rule) for batches in ([tokens], parts))
-    for name in ("divergence", "top1", "gate_ratio"):
+    for name in ("misplaced", "divergence", "top1", "gate_ratio"):
         assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-6)
 
 
@@ -174,11 +175,14 @@ def test_agreement_is_zero_divergence_for_the_exact_router_and_by_hand_otherwise
     rule, single = RoutingRule(top_k=2, normalise=True), torch.arange(2)
     exact = router_agreement(weight, [tokens], single, rule)
     assert exact.divergence == pytest.approx(0, abs=1e-7) and exact.top1 == 1
+    assert exact.misplaced == pytest.approx(0, abs=1e-7)
     flat = router_agreement(torch.zeros(2, 2), [tokens], single, rule)
     p = torch.softmax(tokens.logits, -1).double()
     assert flat.divergence == pytest.approx(float((p * (2 * p).log()).sum(-1).mean()), rel=1e-5)
     assert flat.top1 == 0.5  # equal logits name the first
+    assert flat.misplaced == pytest.approx(float((p.amax(-1) - 0.5).mean()), rel=1e-6)
     one = RoutingRule(top_k=1, normalise=False)
+    assert router_agreement(weight, [tokens], single, one).misplaced == 0
     assert router_agreement(torch.zeros(2, 2), [tokens], single, one).gate_ratio == pytest.approx(
         float((p.amax(-1) / 0.5).mean()), rel=1e-6
     )
