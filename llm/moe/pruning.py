@@ -14,17 +14,15 @@ from torch.nn import functional
 
 from launch.errors import ConfigError
 from launch.random import random_bits
-from llm.moe.experts import DROPPED, Experts, LayerTokens, MergedLayer, RoutingRule
+from llm.moe.experts import DROPPED, Experts, LayerTokens, RoutingRule
 
 EXHAUSTIVE_LIMIT = 100_000  # subsets; 8 experts have 70, 16 have 12870, 32 have 601 million
 _ELEMENTS = 1 << 22  # float64 numbers of one intermediate result: 32 MiB
 
 
-def prune(experts: Experts, kept: Tensor) -> MergedLayer:
-    """The layer without the experts that `kept` bool [E] leaves out."""
-    expert_map = torch.where(kept, kept.cumsum(0) - 1, DROPPED)
-    (indices,) = kept.nonzero(as_tuple=True)
-    return MergedLayer(expert_map=expert_map, experts=experts.take(indices))
+def pruned_map(kept: Tensor) -> Tensor:
+    """The expert map, int64 [E], that keeps the experts `kept` bool [E], in their order."""
+    return torch.where(kept, kept.cumsum(0) - 1, DROPPED)
 
 
 def candidate_subsets(num_experts: int, count: int, *, samples: int | None, key: int) -> Tensor:

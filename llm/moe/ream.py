@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from launch.errors import ConfigError
-from llm.moe.experts import DROPPED, Experts, MergedLayer
+from llm.moe.experts import DROPPED
 from llm.moe.merging import normalised
 from llm.moe.representations import Array, router_similarity
 from llm.moe.saliency import most_salient, saliency
@@ -32,10 +32,6 @@ class Groups:
         expert_map = torch.full_like(self.labels, DROPPED)
         expert_map[self.centroids] = torch.arange(len(self.centroids))
         return expert_map
-
-    def layer(self, merged: Experts) -> MergedLayer:
-        """The layer whose r experts are `merged`, by label."""
-        return MergedLayer(expert_map=self.expert_map, experts=merged)
 
 
 def ream_similarity(statistics: LayerStatistics) -> Array:

@@ -29,7 +29,7 @@ from llm.moe.least_squares import RIDGES, least_squares
 from llm.moe.matching import ClusterTokens, Ingredients
 from llm.moe.merging import Coefficients, coefficients, weighted_experts
 from llm.moe.one_shot import one_shot_labels
-from llm.moe.pruning import candidate_subsets, subset_errors
+from llm.moe.pruning import candidate_subsets, pruned_map, subset_errors
 from llm.moe.ream import ream_groups
 from llm.moe.representations import Array, Representation, combined, distances, router_similarity
 from llm.moe.saliency import Saliency, Scope, keep, most_salient, saliency
@@ -218,7 +218,7 @@ def _around_dominant(config: MergeConfig, statistics: LayerStatistics) -> Groups
 
 
 def _pruned(kept: Tensor) -> Groups:
-    expert_map = torch.where(kept, kept.cumsum(0) - 1, -1)
+    expert_map = pruned_map(kept)
     (indices,) = kept.nonzero(as_tuple=True)
     return Groups(expert_map=expert_map, labels=expert_map, shares=kept.double(), dominant=indices)
 

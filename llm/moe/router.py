@@ -98,7 +98,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class RouterAgreement:
     """How near a router of r rows comes to the merged layer's own, means over tokens."""
 
-    divergence: float  # KL(G / sum G || softmax over r rows), nats
+    misplaced: float  # share of the gates that go to another merged expert: 0 where the router is exact, at most 1
+    divergence: float  # KL(G / sum G || softmax over r rows), nats; above 0 for an exact router that selects k < r
     top1: float  # share of tokens with the same cluster of largest gate
     gate_ratio: float  # sum of G / sum of the new gates; 1 where gates are normalised
 
@@ -108,14 +109,16 @@ def router_agreement(
     rows: Tensor, batches: Sequence[LayerTokens], expert_map: Tensor, rule: RoutingRule
 ) -> RouterAgreement:
     """Compare the router `rows` [r, d] with the exact one on tokens, which had better not be those of a fit."""
-    total = torch.zeros(3, dtype=torch.float64)
+    total = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         targets = cluster_gates(batch, expert_map, rule).double()
         logits = batch.hidden.float() @ rows.float().T
-        shares, log_q = targets / targets.sum(-1, keepdim=True), functional.log_softmax(logits.double(), dim=-1)
+        found = route(logits, small_rule(rule, len(rows))).dense_gates().double()
+        mass, found_mass = targets.sum(-1, keepdim=True), found.sum(-1, keepdim=True)
+        shares, log_q = targets / mass, functional.log_softmax(logits.double(), dim=-1)
+        misplaced = (shares - found / found_mass).abs().sum() / 2
         divergence = (torch.xlogy(shares, shares) - shares * log_q).sum()
         agreed = (targets.argmax(-1) == logits.argmax(-1)).sum()
-        ratio = (targets.sum(-1) / route(logits, small_rule(rule, len(rows))).gates.double().sum(-1)).sum()
-        total += torch.stack([divergence, agreed, ratio]).cpu()
-    divergence, top1, gate_ratio = (total / sum(len(batch.hidden) for batch in batches)).tolist()
-    return RouterAgreement(divergence=divergence, top1=top1, gate_ratio=gate_ratio)
+        total += torch.stack([misplaced, divergence, agreed, (mass / found_mass).sum()]).cpu()
+    misplaced, divergence, top1, gate_ratio = (total / sum(len(batch.hidden) for batch in batches)).tolist()
+    return RouterAgreement(misplaced=misplaced, divergence=divergence, top1=top1, gate_ratio=gate_ratio)

@@ -3,7 +3,7 @@ import torch
 
 from launch.errors import ConfigError
 from llm.moe.experts import LayerTokens, MergedLayer, RoutingRule, merged_output, mixture, route
-from llm.moe.pruning import prune
+from llm.moe.pruning import pruned_map
 from llm.moe.router import cluster_gates, fit_router, router_agreement, router_rows, small_rule
 from tests.llm.moe.made_up_layers import random_experts
 
@@ -75,7 +75,8 @@ def test_equal_members_with_equal_rows_in_clusters_of_one_size_are_exact_with_a_
 @pytest.mark.parametrize("top_k", [2, 5])
 def test_a_pruned_layer_is_exact_with_the_rows_that_are_left(normalise, top_k):
     weight, rule = random_router(6), RoutingRule(top_k=top_k, normalise=normalise)
-    layer = prune(random_experts(6), torch.tensor([True, False, True, False, False, True]))
+    kept = torch.tensor([True, False, True, False, False, True])
+    layer = MergedLayer(expert_map=pruned_map(kept), experts=random_experts(6).take(kept.nonzero()[:, 0]))
     for policy in POLICIES:
         rows = router_rows(weight, layer.expert_map, policy, torch.ones(6))
         assert torch.equal(rows, weight[[0, 2, 5]])
@@ -123,12 +124,25 @@ def test_a_fit_comes_nearer_to_the_exact_router_on_other_tokens_too(normalise):
     rows = fit_router(start, [tokens], expert_map, rule)
     before, after = (router_agreement(r, [others], expert_map, rule) for r in (start, rows))
     assert after.divergence < 0.6 * before.divergence
+    assert after.misplaced < before.misplaced
     assert after.top1 > before.top1
     if normalise:
         assert after.gate_ratio == pytest.approx(1, abs=1e-6)
     else:
         assert abs(after.gate_ratio - 1) < abs(before.gate_ratio - 1)
     assert torch.equal(rows, fit_router(start, [tokens], expert_map, rule))
+
+
+def test_a_fit_to_gates_that_reach_every_cluster_and_leave_a_rest_ends_where_the_cross_entropy_is_flat():
+    weight, expert_map = random_router(4), torch.tensor([0, 1, 0, 1])
+    rule, tokens = RoutingRule(top_k=3, normalise=False), tokens_of(weight, 200)
+    gates = cluster_gates(tokens, expert_map, rule)
+    assert bool((gates > 0).all()) and float(gates.sum(1).min()) < 0.95
+    rows = fit_router(
+        router_rows(weight, expert_map, "fit", torch.ones(4)), [tokens], expert_map, rule
+    ).requires_grad_()
+    (-(gates * torch.log_softmax(tokens.hidden @ rows.T, -1)).sum(1).mean()).backward()
+    assert rows.grad.abs().max() < 1e-5
 
 
 def test_batches_do_not_show_in_a_fit_nor_in_an_agreement():
@@ -138,7 +152,7 @@ def test_batches_do_not_show_in_a_fit_nor_in_an_agreement():
     whole, split = (fit_router(start, batches, expert_map, rule, iterations=5) for batches in ([tokens], parts))
     torch.testing.assert_close(whole, split, rtol=1e-3, atol=1e-4)
     one, two = (router_agreement(whole, batches, expert_map, rule) for batches in ([tokens], parts))
-    for name in ("divergence", "top1", "gate_ratio"):
+    for name in ("misplaced", "divergence", "top1", "gate_ratio"):
         assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-6)
 
 
@@ -161,11 +175,14 @@ def test_agreement_is_zero_divergence_for_the_exact_router_and_by_hand_otherwise
     rule, single = RoutingRule(top_k=2, normalise=True), torch.arange(2)
     exact = router_agreement(weight, [tokens], single, rule)
     assert exact.divergence == pytest.approx(0, abs=1e-7) and exact.top1 == 1
+    assert exact.misplaced == pytest.approx(0, abs=1e-7)
     flat = router_agreement(torch.zeros(2, 2), [tokens], single, rule)
     p = torch.softmax(tokens.logits, -1).double()
     assert flat.divergence == pytest.approx(float((p * (2 * p).log()).sum(-1).mean()), rel=1e-5)
     assert flat.top1 == 0.5  # equal logits name the first
+    assert flat.misplaced == pytest.approx(float((p.amax(-1) - 0.5).mean()), rel=1e-6)
     one = RoutingRule(top_k=1, normalise=False)
+    assert router_agreement(weight, [tokens], single, one).misplaced == 0
     assert router_agreement(torch.zeros(2, 2), [tokens], single, one).gate_ratio == pytest.approx(
         float((p.amax(-1) / 0.5).mean()), rel=1e-6
     )

@@ -5,13 +5,17 @@ import torch
 
 from launch.errors import ConfigError
 from llm.moe import pruning
-from llm.moe.experts import LayerTokens, RoutingRule, merged_output, mixture, route
-from llm.moe.pruning import candidate_subsets, prune, subset_errors
+from llm.moe.experts import LayerTokens, MergedLayer, RoutingRule, merged_output, mixture, route
+from llm.moe.pruning import candidate_subsets, pruned_map, subset_errors
 from tests.llm.moe.made_up_layers import random_experts, random_tokens
 
 EXPERTS = random_experts(6)
 BATCHES = [random_tokens(12, experts=6, seed=seed) for seed in (1, 2, 3)]
 RULES = [RoutingRule(top_k=k, normalise=normalise) for k in (1, 2, 4) for normalise in (True, False)]
+
+
+def prune(experts, kept):
+    return MergedLayer(expert_map=pruned_map(kept), experts=experts.take(kept.nonzero()[:, 0]))
 
 
 def by_hand(batch, rule, kept):

@@ -6,10 +6,10 @@ from torch.nn import functional
 
 from launch.errors import ConfigError
 from llm.moe.alignment import aligned_average, permutations
-from llm.moe.experts import LayerTokens, RoutingRule, merged_output
+from llm.moe.experts import LayerTokens, MergedLayer, RoutingRule, merged_output
 from llm.moe.matching import ClusterTokens
 from llm.moe.merging import weighted_experts
-from llm.moe.pruning import prune
+from llm.moe.pruning import pruned_map
 from llm.moe.ream import ream_groups, ream_similarity
 from llm.moe.saliency import saliency
 from llm.moe.statistics import measure
@@ -64,14 +64,15 @@ def test_shares_are_in_proportion_to_saliency_within_each_group():
 def test_as_many_groups_as_experts_change_nothing():
     groups = ream_groups(STATISTICS, 8, group_size=1)
     assert groups.labels.tolist() == list(range(8))
-    assert groups.layer(EXPERTS).expert_map.tolist() == list(range(8))
+    assert groups.expert_map.tolist() == list(range(8))
 
 
 def test_the_router_forgets_all_but_the_centroids():
     groups = ream_groups(with_reap(0.1, 0.5, 0.2, 0.9, 0.3, 0.4, 0.15, 0.7), 3)
-    layer = groups.layer(weighted_experts(EXPERTS, groups.labels, groups.shares))
+    merged = weighted_experts(EXPERTS, groups.labels, groups.shares)
+    layer = MergedLayer(expert_map=groups.expert_map, experts=merged)
     assert layer.expert_map.tolist() == [-1, 0, -1, 1, -1, -1, -1, 2]
-    pruned = prune(EXPERTS, layer.kept)
+    pruned = MergedLayer(expert_map=pruned_map(layer.kept), experts=EXPERTS.take(groups.centroids))
     assert torch.equal(layer.expert_map, pruned.expert_map)
     # Centroid 3 absorbed all others: the other two centroids are unchanged, and so are tokens that select only them.
     assert torch.equal(layer.experts.down[[0, 2]], pruned.experts.down[[0, 2]])
@@ -91,6 +92,7 @@ def test_a_group_of_one_function_in_different_orders_of_features_stays_that_func
     groups = ream_groups(measure(experts, tokens, RULE), 1)
     sample = ClusterTokens(batches=[tokens], rule=RULE)
     order = permutations(experts, groups.labels, groups.centroids, sample, "both")
-    layer = groups.layer(aligned_average(experts, groups.labels, order, groups.shares))
+    merged = aligned_average(experts, groups.labels, order, groups.shares)
+    layer = MergedLayer(expert_map=groups.expert_map, experts=merged)
     expected = experts.output(0, tokens.hidden)  # one expert is left, and its gate is 1
     torch.testing.assert_close(merged_output(layer, tokens, RULE), expected, rtol=0, atol=1e-6)
