@@ -104,9 +104,11 @@ class MergeConfig:
                 raise unknown_key(name, get_args(Representation), f"representation = {self.representation!r}")
             try:
                 terms[name] = float(factor or 1.0)
+                if not terms[name] > 0:
+                    raise ValueError
             except ValueError:
                 raise ConfigError(
-                    f"representation = {self.representation!r}: {factor!r} is no number; write 0.5*output+weights"
+                    f"representation = {self.representation!r}: {factor!r} is no positive number; write 0.5*output+weights"
                 ) from None
         return terms
 

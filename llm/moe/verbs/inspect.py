@@ -76,7 +76,7 @@ def draw(tree: Dendrogram, matrix: Array, statistics: LayerStatistics, path: Pat
         order = drawn["leaves"]
         top.set(title=title, ylabel="distance", xticks=[])
         image = middle.imshow(matrix[np.ix_(order, order)], cmap="viridis", aspect="auto")
-        ticks = np.arange(experts) if experts <= 40 else np.arange(0, experts, max(1, experts // 20))
+        ticks = np.arange(0, experts, -(-experts // 20))
         names = [str(order[tick]) for tick in ticks]
         middle.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, ylabel="expert")
         figure.colorbar(image, ax=middle, label="distance", shrink=0.8)

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="unmask moe report",
         description=(
-            "What a merge does to each layer on held-out text (error, distinct experts of a token, collisions of gates) "
+            "What a merge does to each layer on held-out text (error, distinct experts a token, collisions of gates) "
             "and to sizes. Written as report.md and report.json beside the merged layers."
         ),
         epilog="example: unmask moe report merged/hc4 --data c4.jsonl --blocks 8",

@@ -139,6 +139,7 @@ def test_another_recipe_is_refused_where_one_was_begun(calibrated: Path, tmp_pat
     [
         ({"group": "hirarchical"}, "did you mean 'hierarchical'?"),
         ({"representation": "router-logits"}, "router_logits"),
+        ({"representation": "0*output"}, "no positive number"),
         ({"experts": 13}, "13"),
         ({"experts": 0}, "experts = 0"),
         ({"group": "prune", "linkage": "single"}, "linkage = single works with group = hierarchical"),
