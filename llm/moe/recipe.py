@@ -108,7 +108,8 @@ class MergeConfig:
                     raise ValueError
             except ValueError:
                 raise ConfigError(
-                    f"representation = {self.representation!r}: {factor!r} is no positive number; write 0.5*output+weights"
+                    f"representation = {self.representation!r}: {factor!r} is no positive number; write it like "
+                    "0.5*output+weights"
                 ) from None
         return terms
 
