@@ -146,6 +146,13 @@ def write(
     return written
 
 
+def _stored(source: Source, index: int, layer: MergedLayer) -> MergedLayer:
+    """As it will be on disk: its experts in the type that the source has for those of layer `index`."""
+    dtype = source.tensor(source.shape.architecture.expert(index, 0, "down")).dtype
+    experts = Experts(gate_up=layer.experts.gate_up.to("cpu", dtype), down=layer.experts.down.to("cpu", dtype))
+    return MergedLayer(expert_map=layer.expert_map.cpu(), experts=experts)
+
+
 def _tensors(export: Export, layers: Iterable[FinishedLayer]) -> Iterator[tuple[str, Tensor]]:
     """All entries of the new folder under their names there."""
     source, architecture = export.source, export.source.shape.architecture
@@ -168,10 +175,10 @@ def _tensors(export: Export, layers: Iterable[FinishedLayer]) -> Iterator[tuple[
 
 
 def _compact(source: Source, layer: FinishedLayer) -> Iterator[tuple[str, Tensor]]:
-    prefix, experts = f"{layer_prefix(layer.index)}mlp.", _stored(source, layer)
-    yield f"{prefix}gate.expert_map", layer.merged.expert_map.cpu()
-    yield f"{prefix}experts.gate_up_proj", experts.gate_up
-    yield f"{prefix}experts.down_proj", experts.down
+    prefix, merged = f"{layer_prefix(layer.index)}mlp.", _stored(source, layer.index, layer.merged)
+    yield f"{prefix}gate.expert_map", merged.expert_map
+    yield f"{prefix}experts.gate_up_proj", merged.experts.gate_up
+    yield f"{prefix}experts.down_proj", merged.experts.down
 
 
 def _expanded(source: Source, layer: FinishedLayer) -> Iterator[tuple[str, Tensor]]:
@@ -192,18 +199,11 @@ def _shrunk(source: Source, layer: FinishedLayer) -> Iterator[tuple[str, Tensor]
 
 def _by_matrix(source: Source, layer: FinishedLayer, merged: list[int]) -> Iterator[tuple[str, Tensor]]:
     """Three entries an expert, as the original has them. merged: which merged expert takes each place."""
-    experts = _stored(source, layer)
+    experts = _stored(source, layer.index, layer.merged).experts
     for place, index in enumerate(merged):
         # Copies, because files hold no two entries that share memory.
         for matrix, tensor in (("gate", experts.gate), ("up", experts.up), ("down", experts.down)):
             yield source.shape.architecture.expert(layer.index, place, matrix), tensor[index].clone()
-
-
-def _stored(source: Source, layer: FinishedLayer) -> Experts:
-    """The merged experts in the type in which the source stores that layer's."""
-    dtype = source.tensor(source.shape.architecture.expert(layer.index, 0, "down")).dtype
-    experts = layer.merged.experts
-    return Experts(gate_up=experts.gate_up.to("cpu", dtype), down=experts.down.to("cpu", dtype))
 
 
 def _check(export: Export, layer: FinishedLayer) -> None:

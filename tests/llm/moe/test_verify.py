@@ -63,7 +63,7 @@ def test_half_precision_stays_within_its_own_tolerance(folder: Path) -> None:
     modeling.register()
     half = transformers.AutoModelForCausalLM.from_pretrained(folder / "compact", dtype=torch.bfloat16)
     found = compare(half, expected(), mixtures.tokens())
-    assert TOLERANCE["float32"] < found.max_difference < TOLERANCE["bfloat16"]
+    assert TOLERANCE["float32"] < found.max_difference / found.largest_logit < TOLERANCE["bfloat16"]
 
 
 def lose(tensors: dict[str, Tensor], name: str) -> None:
