@@ -16,15 +16,15 @@ from torch import Tensor
 from launch import config as configs
 from launch.errors import ConfigError, DataError
 from llm.moe.calibrate import read_calibration, read_layers
-from llm.moe.experts import LayerTokens
+from llm.moe.experts import DROPPED, LayerTokens
 from llm.moe.formats import FinishedLayer, Format, plan, predicted_bytes, write
-from llm.moe.merge import layer_file, load_layer, read_merge
+from llm.moe.merge import layer_file, load_layer, load_map, read_merge
 from llm.moe.router import RouterPolicy, fit_router, router_rows
 from llm.moe.source import Source, open_source
 from llm.moe.verify import verify
 from llm.moe.walk import Walk, start_walk
 
-_VERIFIED_BLOCKS = 2
+_BLOCKS, _LENGTH = 2, 256  # of the calibration text, for the comparison of logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,13 @@ def finish(merged: Path, to: Path, config: FinishConfig, device: torch.device) -
         raise DataError(f"{source.folder} is no longer the model that {merged} was made of; merge it again")
     if missing := [n for n in source.shape.moe_layers if not layer_file(merged, n).exists()]:
         raise DataError(f"{merged} lacks layer {missing[0]}; the same `unmask moe merge` goes on where it was stopped")
-    layers = {n: load_layer(merged, n) for n in source.shape.moe_layers[:1]}
-    prunes = not bool(layers[source.shape.moe_layers[0]].kept.all())
-    counts = {n: len(load_layer(merged, n).experts) for n in source.shape.moe_layers}
+    maps = {n: load_map(merged, n) for n in source.shape.moe_layers}
+    counts = {n: int(expert_map.max()) + 1 for n, expert_map in maps.items()}
+    prunes = any(bool((expert_map == DROPPED).any()) for expert_map in maps.values())
+    merges = any(int((expert_map != DROPPED).sum()) > counts[n] for n, expert_map in maps.items())
     export = plan(source, config.format, counts, prunes=prunes, top_k=config.top_k)
     text = read_calibration(Path(manifest["statistics"]), source)
-    blocks = dict(enumerate(text.blocks[:_VERIFIED_BLOCKS]))
+    blocks = dict(enumerate(text.blocks[:_BLOCKS, :_LENGTH]))
 
     def report(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -69,7 +70,7 @@ def finish(merged: Path, to: Path, config: FinishConfig, device: torch.device) -
             "active_parameters": "unchanged: a merge saves memory, not work"
             if export.top_k == source.shape.rule.top_k
             else f"{(source.shape.rule.top_k - export.top_k) * source.shape.expert_parameters:,} fewer a layer",
-            "router": config.router if config.format == "shrunk" and not prunes else "as before",
+            "router": config.router if config.format == "shrunk" and merges else "as before",
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "unmask")},
         }
         if config.verify:
@@ -81,20 +82,20 @@ def finish(merged: Path, to: Path, config: FinishConfig, device: torch.device) -
             )
         return found
 
-    walk = start_walk(source, dict(enumerate(text.blocks)), device) if _fits_router(config, prunes) else None
-    finished = _finished(source, merged, Path(manifest["statistics"]), config, prunes, walk)
+    walk = start_walk(source, dict(enumerate(text.blocks)), device) if _fits_router(config, merges) else None
+    finished = _finished(source, merged, Path(manifest["statistics"]), config, merges, walk)
     write(export, to, finished, report)
     return configs.read_yaml(to / "merge_report.json")
 
 
-def _fits_router(config: FinishConfig, prunes: bool) -> bool:
+def _fits_router(config: FinishConfig, merges: bool) -> bool:
     if config.router not in get_args(RouterPolicy):
         raise ConfigError(f"router = {config.router!r}; one of {', '.join(get_args(RouterPolicy))}")
-    return config.format == "shrunk" and config.router == "fit" and not prunes
+    return config.format == "shrunk" and config.router == "fit" and merges
 
 
 def _finished(
-    source: Source, merged: Path, statistics: Path, config: FinishConfig, prunes: bool, walk: Walk | None
+    source: Source, merged: Path, statistics: Path, config: FinishConfig, merges: bool, walk: Walk | None
 ) -> Iterator[FinishedLayer]:
     """Layer by layer, with a router of r rows where the format needs one that is not the old one's rows."""
     frequencies = {n: found.frequency() for n, (found, _) in read_layers(statistics, source).items()}
@@ -105,7 +106,7 @@ def _finished(
             continue
         layer = load_layer(merged, index)
         router = None
-        if config.format == "shrunk" and not prunes:
+        if config.format == "shrunk" and merges:
             weight = source.tensor(source.shape.architecture.router(index))
             router = router_rows(weight, layer.expert_map, config.router, frequencies[index])
             if walk is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from launch import config as configs
@@ -122,11 +123,21 @@ def save_layer(layer: MergedLayer, folder: Path, index: int) -> None:
 
 def load_layer(folder: Path, index: int) -> MergedLayer:
     """DataError if the file is missing or torn."""
+    found = _load(folder, index, "expert_map", "gate_up", "down")
+    experts = Experts(gate_up=found["gate_up"], down=found["down"])
+    return MergedLayer(expert_map=found["expert_map"], experts=experts)
+
+
+def load_map(folder: Path, index: int) -> Tensor:
+    """The expert map of a layer, int64 [E], without its experts. DataError as in `load_layer`."""
+    return _load(folder, index, "expert_map")["expert_map"]
+
+
+def _load(folder: Path, index: int, *names: str) -> dict[str, Tensor]:
     path = layer_file(folder, index)
     try:
         with safe_open(path, framework="pt") as file:
-            experts = Experts(gate_up=file.get_tensor("gate_up"), down=file.get_tensor("down"))
-            return MergedLayer(expert_map=file.get_tensor("expert_map"), experts=experts)
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{path} cannot be read ({error}); remove it and run the same `unmask moe merge`") from None
 

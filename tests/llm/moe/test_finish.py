@@ -1,115 +1,173 @@
-"""From merged layers to a folder that loads: exact formats prove it, others say how far, failures leave nothing."""
+"""From a calibration and a merge to a checkpoint, by the command line and without it."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from torch import Tensor
 
 from launch import config as configs
 from launch import runtime as runtimes
-from launch.errors import CheckpointError, ConfigError, DataError
+from launch.errors import ConfigError, DataError
 from launch.runtime import Runtime
-from llm.moe import finish as finishing
-from llm.moe.assemble import with_merged
+from llm.moe import modeling
 from llm.moe.calibrate import calibrate
 from llm.moe.calibration_text import CalibrationText
+from llm.moe.command_line import main
+from llm.moe.experts import LayerTokens, MergedLayer
 from llm.moe.finish import FinishConfig, finish
-from llm.moe.merge import layer_file, load_layer, merge
+from llm.moe.formats import Format
+from llm.moe.merge import load_layer, merge, save_layer
 from llm.moe.recipe import MergeConfig
+from llm.moe.router import router_agreement, router_rows
 from llm.moe.source import open_source
-from llm.moe.walk import start_walk
+from llm.moe.verify import compare
 from tests import mixtures
 
-TEXT = CalibrationText(blocks=mixtures.tokens(rows=3, length=24), sources=("here",) * 3)
+TEXT = CalibrationText(blocks=mixtures.tokens(rows=5, length=24), sources=("here",) * 5)
+RECIPES = {"merged": {}, "pruned": {"group": "prune"}}
 CPU = torch.device("cpu")
 
 
+def alone() -> Runtime:
+    return Runtime(runtimes.Place(), CPU, None, None)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, its statistics, and merges of it."""
-    folder = tmp_path_factory.mktemp("merged")
-    runtime = Runtime(runtimes.Place(), CPU, None, None)  # type: ignore[arg-type]
-    mixtures.mixture("qwen3_moe").save_pretrained(folder / "model")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-MoE with one dense layer, its statistics, merges to six experts, and one that is uneven."""
+    folder = tmp_path_factory.mktemp("exported")
+    mixtures.mixture("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1]).save_pretrained(folder / "model")
     source = open_source(folder / "model")
-    calibrate(source, lambda: TEXT, folder / "statistics", runtime)
-    for name, recipe in {
-        "hc": {},
-        "uneven": {"allocation": "frequency"},
-        "pruned": {"group": "prune"},
-    }.items():
+    calibrate(source, lambda: TEXT, folder / "statistics", alone())
+    for name, recipe in RECIPES.items():
         config = configs.from_dict(MergeConfig, {"experts": 6, **recipe}, source="test")
-        merge(source, folder / "statistics", config, folder / name, runtime)
+        merge(source, folder / "statistics", config, folder / name, alone())
+    shutil.copytree(folder / "merged", folder / "uneven")
+    block = mixtures.blocks_of(opened(folder / "model"))[2]
+    save_layer(mixtures.merge_means(block, mixtures.groups(16, 7)), folder / "uneven", 2)
     return folder
 
 
-def test_the_walk_ends_in_the_logits_of_the_model(merged: Path) -> None:
-    source = open_source(merged / "model")
-    walk = start_walk(source, dict(enumerate(TEXT.blocks)), CPU)
-    for index in range(source.shape.num_layers):
-        walk.layer(index, source.experts(index))
-    found = torch.stack([*walk.logits().values()])
-    assert (found - mixtures.logits(mixtures.mixture("qwen3_moe"), TEXT.blocks)).abs().max() < 1e-5
+def written(folder: Path, to: Path, form: Format, merged: str = "merged", **settings: Any) -> dict[str, Any]:
+    return finish(folder / merged, to, FinishConfig(format=form, verify=False, **settings), CPU)
 
 
-def test_a_model_assembled_in_memory_computes_the_merged_layers(merged: Path) -> None:
-    source = open_source(merged / "model")
-    layers = {index: load_layer(merged / "pruned", index) for index in (0, 1)}
-    found = mixtures.logits(with_merged(mixtures.mixture("qwen3_moe"), source, layers))
-    expected = mixtures.logits(mixtures.with_loops(mixtures.mixture("qwen3_moe"), layers))
-    assert (found - expected).abs().max() < 1e-5
+def opened(folder: Path) -> transformers.PreTrainedModel:
+    modeling.register()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_compact_is_exact_in_a_fresh_process_and_says_so(merged: Path, tmp_path: Path) -> None:
-    report = finish(merged / "hc", tmp_path / "compact", FinishConfig(), CPU)
-    assert report["verification"]["max_difference"] < 1e-5
-    assert report["verification"]["tokens"] == 2 * 24
-    assert json.loads((tmp_path / "compact" / "merge_report.json").read_text()) == report
+def expected(folder: Path, merged: str = "merged") -> Tensor:
+    """Logits of the calibration text by the definition of a merged layer, in a whole model."""
+    layers = {layer: load_layer(folder / merged, layer) for layer in (0, 2)}
+    return mixtures.logits(mixtures.with_loops(opened(folder / "model"), layers), TEXT.blocks)
 
 
-@pytest.mark.parametrize("policy", ["frequency_mean", "fit"])
-def test_shrunk_is_smaller_and_says_how_far_it_is(merged: Path, tmp_path: Path, policy: str) -> None:
-    config = FinishConfig(format="shrunk", router=policy, top_k=4)  # type: ignore[arg-type]
-    report = finish(merged / "hc", tmp_path / policy, config, CPU)
-    assert report["router"] == policy
-    assert report["verification"]["max_difference"] > 1e-3  # it is another router
-    router = load_file(tmp_path / policy / "model.safetensors")["model.layers.0.mlp.gate.weight"]
-    assert router.shape == (6, 32)
+def test_the_command_writes_verifies_and_reports(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["export", str(folder / "merged"), "--to", str(tmp_path / "new")]) == 0
+    assert "reloaded: logits differ by at most" in capsys.readouterr().out
+    report = json.loads((tmp_path / "new" / "merge_report.json").read_text())
+    assert report["verification"]["max_difference"] < 1e-5 and report["verification"]["top1_agreement"] == 1.0
+    assert report["recipe"]["linkage"] == "average" and report["text_sha256"] == TEXT.sha256
+    assert report["experts_after"] == {"0": 6, "2": 6}
+    assert opened(tmp_path / "new").config.merged_experts_per_layer == [6, 0, 6]
 
 
-def test_a_pruned_model_is_exact_with_the_rows_of_its_router(merged: Path, tmp_path: Path) -> None:
-    report = finish(merged / "pruned", tmp_path / "shrunk", FinishConfig(format="shrunk"), CPU)
-    assert report["router"] == "as before" and report["verification"]["max_difference"] < 1e-5
+@pytest.mark.parametrize("merged", ["merged", "pruned", "uneven"])
+def test_compact_computes_what_was_merged(folder: Path, merged: str, tmp_path: Path) -> None:
+    report = written(folder, tmp_path / "new", "compact", merged)
+    assert compare(opened(tmp_path / "new"), expected(folder, merged), TEXT.blocks).max_difference < 1e-5
+    assert sum(report["experts_after"].values()) == (13 if merged == "uneven" else 12)
 
 
-def test_what_a_format_cannot_hold_is_refused(merged: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="write compact"):
-        finish(merged / "uneven", tmp_path / "shrunk", FinishConfig(format="shrunk"), CPU)
-    with pytest.raises(ConfigError, match="a pruned expert has none"):
-        finish(merged / "pruned", tmp_path / "expanded", FinishConfig(format="expanded"), CPU)
-    with pytest.raises(DataError, match="is no folder of `unmask moe merge`"):
-        finish(merged / "model", tmp_path / "compact", FinishConfig(), CPU)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("policy", ["representative", "mean", "frequency_mean"])
+def test_shrunk_has_the_rows_of_its_policy(folder: Path, policy: Any, tmp_path: Path) -> None:
+    report = written(folder, tmp_path / "new", "shrunk", router=policy)
+    assert report["router"] == policy and report["experts_of_a_token"] == {"before": 4, "after": 4}
+    source = open_source(folder / "model")
+    weight, expert_map = source.tensor("model.layers.2.mlp.gate.weight"), load_layer(folder / "merged", 2).expert_map
+    frequency = load_file(folder / "statistics" / "layer_002.safetensors")["selections"]
+    expected = router_rows(weight, expert_map, policy, frequency)
+    assert torch.equal(opened(tmp_path / "new").model.layers[2].mlp.gate.weight, expected)
 
 
-def test_a_result_that_computes_something_else_leaves_nothing(
-    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_fitted_router_is_nearer_to_the_gates_of_every_layer_than_where_it_started(
+    folder: Path, tmp_path: Path
 ) -> None:
-    other = {
-        number: logits + 1
-        for number, logits in finishing._reference(
-            open_source(merged / "model"), merged / "hc", dict(enumerate(TEXT.blocks[:2])), CPU
-        ).items()
-    }
-    monkeypatch.setattr(finishing, "_reference", lambda *_: other)
-    with pytest.raises(CheckpointError, match="it must not be used"):
-        finish(merged / "hc", tmp_path / "compact", FinishConfig(), CPU)
-    assert not list(tmp_path.iterdir())
+    for policy in ("frequency_mean", "fit"):
+        written(folder, tmp_path / policy, "shrunk", router=policy)
+    seen: dict[int, list[LayerTokens]] = {0: [], 2: []}
+    original = opened(folder / "model")
+    for layer, batches in seen.items():
+        original.model.layers[layer].mlp.gate.register_forward_hook(
+            lambda _module, inputs, found, batches=batches: batches.append(
+                LayerTokens(hidden=inputs[0], logits=found[0])
+            )
+        )
+    mixtures.logits(original, TEXT.blocks)
+    rule = open_source(folder / "model").shape.rule
+    for layer, batches in seen.items():
+        expert_map = load_layer(folder / "merged", layer).expert_map
+        divergence = {}
+        for policy in ("frequency_mean", "fit"):
+            rows = load_file(tmp_path / policy / "model.safetensors")[f"model.layers.{layer}.mlp.gate.weight"]
+            divergence[policy] = router_agreement(rows, batches, expert_map, rule).divergence
+        assert divergence["fit"] < 0.95 * divergence["frequency_mean"]
 
 
-def test_missing_layers_and_a_changed_model_are_named(merged: Path, tmp_path: Path) -> None:
-    layer_file(merged / "uneven", 1).rename(tmp_path / "away")
-    with pytest.raises(DataError, match="lacks layer 1"):
-        finish(merged / "uneven", tmp_path / "compact", FinishConfig(), CPU)
-    (tmp_path / "away").rename(layer_file(merged / "uneven", 1))
+def test_fewer_experts_than_a_token_selects_need_a_lower_top_k(folder: Path, tmp_path: Path) -> None:
+    config = MergeConfig(experts=3, group="prune")
+    merge(open_source(folder / "model"), folder / "statistics", config, folder / "three", alone())
+    with pytest.raises(ConfigError, match="cannot select 4 of the 3 experts"):
+        written(folder, tmp_path / "new", "shrunk", "three")
+    assert written(folder, tmp_path / "new", "shrunk", "three", top_k=3)["experts_of_a_token"]["after"] == 3
+    assert opened(tmp_path / "new").config.num_experts_per_tok == 3
+    assert compare(opened(tmp_path / "new"), expected(folder, "three"), TEXT.blocks).max_difference < 1e-5
+
+
+@pytest.mark.parametrize("order", [[0, 2], [2, 0]])
+def test_a_pruning_that_spares_some_layers_is_one(folder: Path, order: list[int], tmp_path: Path) -> None:
+    """As pruning over all layers may do: one layer keeps all its experts, whichever is first."""
+    shutil.copytree(folder / "pruned", tmp_path / "pruned")
+    whole = MergedLayer(expert_map=torch.arange(16), experts=open_source(folder / "model").experts(order[0]))
+    save_layer(whole, tmp_path / "pruned", order[0])
+    with pytest.raises(ConfigError, match="a pruned expert has none"):
+        written(tmp_path, tmp_path / "new", "expanded", "pruned")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "merged", "settings", "sentence"),
+    [
+        ("shrunk", "uneven", {"router": "mean"}, "one number for all layers; write compact"),
+        ("expanded", "pruned", {}, "a pruned expert has none; write shrunk, or compact"),
+        ("shrunk", "merged", {"router": "freqency_mean"}, "one of .*frequency_mean"),
+        ("compat", "merged", {}, "did you mean 'compact'"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(
+    folder: Path, form: Any, merged: str, settings: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        written(folder, tmp_path / "new", form, merged, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_model_or_a_merge_that_was_stopped_is_refused(folder: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(folder / "merged", merged)
+    manifest = (merged / "merge.json").read_text()
+    (merged / "merge.json").write_text(json.dumps(json.loads(manifest) | {"model": "another"}))
+    with pytest.raises(DataError, match=r"is no longer the model that .* was made of"):
+        finish(merged, tmp_path / "new", FinishConfig(), CPU)
+    (merged / "merge.json").write_text(manifest)
+    (merged / "layer_002.safetensors").unlink()
+    with pytest.raises(DataError, match="lacks layer 2"):
+        finish(merged, tmp_path / "new", FinishConfig(), CPU)
+    assert not (tmp_path / "new").exists()
