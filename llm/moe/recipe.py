@@ -28,6 +28,7 @@ from llm.moe.k_means import k_means
 from llm.moe.least_squares import RIDGES, least_squares
 from llm.moe.matching import ClusterTokens, Ingredients
 from llm.moe.merging import Coefficients, coefficients, weighted_experts
+from llm.moe.neurons import choose_neurons
 from llm.moe.one_shot import one_shot_labels
 from llm.moe.pruning import candidate_subsets, pruned_map, subset_errors
 from llm.moe.ream import ream_groups
@@ -37,7 +38,7 @@ from llm.moe.statistics import LayerStatistics
 
 Group = Literal["hierarchical", "k_means", "one_shot", "ream", "prune", "o_prune"]
 Match = Literal["none", "permutation", "fix_dominant", "zipit"]
-Fitted = Literal["none", "mixture", "coefficients", "layer"]
+Fitted = Literal["none", "mixture", "coefficients", "layer", "neurons"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class MergeConfig:
     shares: Coefficients = "frequency"  # weights of the members of a group
     match: Match = "none"  # put the members' inner features in one order first
     ingredients: Ingredients = "activations"  # permutation, fix_dominant: what features are matched by
-    fit: Fitted = "none"  # down projections by least squares: to the cluster's outputs, or to the layer's
+    fit: Fitted = "none"  # least squares: down projections to outputs of cluster or layer; neurons: chosen ones, too
     sweeps: int = 1  # fit = layer: how often each expert is fitted to what the others leave
     group_limit: int | None = None  # one_shot, ream: experts of the largest group (4 in M-SMoE's port, 16 in REAM)
     subsets: int | None = None  # o_prune: random sets of experts to try; null for all
@@ -84,8 +85,10 @@ class MergeConfig:
                 )
         if self.sweeps < 1:
             raise ConfigError(f"sweeps = {self.sweeps}; the smallest is 1")
-        if self.fit == "coefficients" and self.group in ("ream", "prune", "o_prune"):
-            raise ConfigError(f"fit = coefficients: group = {self.group} gives most experts no share; use fit=layer")
+        if self.fit in ("coefficients", "neurons") and self.group in ("ream", "prune", "o_prune"):
+            raise ConfigError(
+                f"fit = {self.fit}: group = {self.group} leaves most experts in no cluster; use fit=layer"
+            )
         if not 0 <= self.protect < self.experts:
             raise ConfigError(f"protect = {self.protect}; of experts = {self.experts} at least one is for all others")
         if self.sequential and self.allocation != "uniform":
@@ -158,11 +161,12 @@ def merge_layer(
     layer = MergedLayer(expert_map=groups.expert_map, experts=merged)
     if config.fit == "none":
         return layer
+    if config.fit == "neurons":
+        return choose_neurons(experts, layer, tokens, rule)[0]
     alpha = groups.shares if config.fit == "coefficients" else None
-    fitted, _ = least_squares(
+    return least_squares(
         experts, layer, tokens, rule, target=config.fit, alpha=alpha, ridges=RIDGES, sweeps=config.sweeps
-    )
-    return fitted
+    )[0]
 
 
 def _one_each(

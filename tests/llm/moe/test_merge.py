@@ -38,6 +38,7 @@ RECIPES = {
     "o-prune": {"group": "o_prune", "subsets": 20},
     "sequential": {"sequential": True},
     "fitted to clusters": {"fit": "mixture"},
+    "chosen neurons": {"fit": "neurons"},
     "fitted to coefficients": {"fit": "coefficients"},
     "pruned and fitted to the layer": {"group": "prune", "fit": "layer", "sweeps": 2},
 }

@@ -14,9 +14,7 @@ BLOCKS = mixtures.tokens(rows=3, length=24)
 
 @pytest.mark.parametrize("architecture", mixtures.ARCHITECTURES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_logits_behind_the_last_layer_are_those_of_the_model(
-    architecture: str, tied: bool, tmp_path: Path
-) -> None:
+def test_the_logits_behind_the_last_layer_are_those_of_the_model(architecture: str, tied: bool, tmp_path: Path) -> None:
     model = mixtures.mixture(architecture, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     source = open_source(tmp_path)
