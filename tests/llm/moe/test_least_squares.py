@@ -3,7 +3,7 @@ import torch
 
 from launch.errors import ConfigError
 from llm.moe.experts import DROPPED, Experts, LayerTokens, MergedLayer, RoutingRule, merged_output, mixture, route
-from llm.moe.least_squares import RIDGES, NormalEquations, equations, least_squares, solve
+from llm.moe.least_squares import RIDGES, NormalEquations, best_change, equations, least_squares, solve
 from llm.moe.merging import coefficients, normalised, weighted_experts
 from llm.moe.statistics import measure
 from tests.llm.moe.made_up_layers import random_experts, random_tokens
@@ -157,3 +157,12 @@ def test_coefficients_of_a_layer_serve_as_target():
     start = MergedLayer(expert_map=LABELS, experts=weighted_experts(experts, LABELS, alpha))
     _, fits = least_squares(experts, start, [tokens], RULE, target="coefficients", alpha=alpha)
     assert all(fit.ridge == 1e-4 for fit in fits)
+
+
+def test_a_solution_that_raises_the_objective_is_refused(monkeypatch):
+    features = torch.eye(2, dtype=torch.float64)
+    sums = equations(features, features, features)
+    monkeypatch.setattr("llm.moe.least_squares.solve", lambda total, ridge: 100 * total.cross)
+    change, fit = best_change(sums, None, [1e-4])
+    assert not change.any()
+    assert (fit.before, fit.after, fit.ridge) == (2.0, 2.0, 0.0)

@@ -59,7 +59,7 @@ def test_a_cluster_that_no_token_reaches_becomes_the_mean_with_a_warning_and_nev
 
 
 def test_gate_aware_shares_are_those_of_the_squared_gates_where_members_never_fire_together():
-    statistics = counted(2, (0, 1, 2, 3), (2, 3, 0, 1), (0, 3, 1, 2))
+    statistics = counted(2, (0, 1, 2, 3), (3, 2, 0, 1), (0, 3, 1, 2))
     squares = statistics.gate_gram.diagonal()
     alpha = coefficients(LABELS, statistics, "gate_aware")
     torch.testing.assert_close(alpha[0], squares[0] / (squares[0] + squares[2]))
