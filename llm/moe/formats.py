@@ -146,7 +146,7 @@ def write(
     return written
 
 
-def stored(source: Source, index: int, layer: MergedLayer) -> MergedLayer:
+def _stored(source: Source, index: int, layer: MergedLayer) -> MergedLayer:
     """As it will be on disk: its experts in the type that the source has for those of layer `index`."""
     dtype = source.tensor(source.shape.architecture.expert(index, 0, "down")).dtype
     experts = Experts(gate_up=layer.experts.gate_up.to("cpu", dtype), down=layer.experts.down.to("cpu", dtype))
@@ -175,7 +175,7 @@ def _tensors(export: Export, layers: Iterable[FinishedLayer]) -> Iterator[tuple[
 
 
 def _compact(source: Source, layer: FinishedLayer) -> Iterator[tuple[str, Tensor]]:
-    prefix, merged = f"{layer_prefix(layer.index)}mlp.", stored(source, layer.index, layer.merged)
+    prefix, merged = f"{layer_prefix(layer.index)}mlp.", _stored(source, layer.index, layer.merged)
     yield f"{prefix}gate.expert_map", merged.expert_map
     yield f"{prefix}experts.gate_up_proj", merged.experts.gate_up
     yield f"{prefix}experts.down_proj", merged.experts.down
@@ -199,7 +199,7 @@ def _shrunk(source: Source, layer: FinishedLayer) -> Iterator[tuple[str, Tensor]
 
 def _by_matrix(source: Source, layer: FinishedLayer, merged: list[int]) -> Iterator[tuple[str, Tensor]]:
     """Three entries an expert, as the original has them. merged: which merged expert takes each place."""
-    experts = stored(source, layer.index, layer.merged).experts
+    experts = _stored(source, layer.index, layer.merged).experts
     for place, index in enumerate(merged):
         # Copies, because files hold no two entries that share memory.
         for matrix, tensor in (("gate", experts.gate), ("up", experts.up), ("down", experts.down)):
