@@ -4,6 +4,7 @@
     one_shot                                                  M-SMoE (arXiv 2310.01334)
     prune by frequency, probability, reap, ean; o_prune       F-prune, S-prune, REAP, EAN, NAEE
     ream, permutation                                         REAM (arXiv 2604.04356)
+    balanced, neurons, fit to the layer                       what we find best (docs/moe.md)
 
 Groups come from the sums of a calibration alone. Some ways of making one expert of a group, and o_prune, read the
 calibration tokens again.
@@ -36,9 +37,9 @@ from llm.moe.representations import Array, Representation, combined, distances, 
 from llm.moe.saliency import Saliency, Scope, keep, most_salient, saliency
 from llm.moe.statistics import LayerStatistics
 
-Group = Literal["hierarchical", "k_means", "one_shot", "ream", "prune", "o_prune"]
-Match = Literal["none", "permutation", "fix_dominant", "zipit"]
-Fitted = Literal["none", "mixture", "coefficients", "layer", "neurons"]
+Group = Literal["hierarchical", "k_means", "balanced", "one_shot", "ream", "prune", "o_prune"]
+Combine = Literal["average", "permutation", "fix_dominant", "zipit", "neurons"]
+Fitted = Literal["none", "mixture", "coefficients", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,14 @@ class MergeConfig:
     linkage: Linkage = "average"  # hierarchical: the distance of two clusters
     allocation: Allocation = "uniform"  # how many clusters each layer gets
     protect: int = 0  # experts of highest saliency of a layer that stay as they are
-    saliency: Saliency = "reap"  # what prune keeps and `protect` protects by
-    scope: Scope = "layer"  # prune: r of each layer, or the best of all layers
+    saliency: Saliency = "reap"  # what prune keeps, balanced groups around, and `protect` protects by
+    scope: Scope = "layer"  # prune, one_shot: r experts of each layer lead, or the best of all layers
     shares: Coefficients = "frequency"  # weights of the members of a group
-    match: Match = "none"  # put the members' inner features in one order first
+    combine: Combine = "average"  # how a group becomes one expert: an average, of matched features, or a choice of them
     ingredients: Ingredients = "activations"  # permutation, fix_dominant: what features are matched by
-    fit: Fitted = "none"  # least squares: down projections to outputs of cluster or layer; neurons: chosen ones, too
+    fit: Fitted = "none"  # then down projections by least squares, to the outputs of the group or of the layer
     sweeps: int = 1  # fit = layer: how often each expert is fitted to what the others leave
-    group_limit: int | None = None  # one_shot, ream: experts of the largest group (4 in M-SMoE's port, 16 in REAM)
+    group_limit: int | None = None  # experts of the largest group: balanced (E / r), one_shot (none), ream (16)
     subsets: int | None = None  # o_prune: random sets of experts to try; null for all
     sequential: bool = False  # calibrate each layer behind the merged ones before it
     seed: int = 0  # of k_means and of random sets
@@ -67,15 +68,15 @@ class MergeConfig:
         if self.experts < 1:
             raise ConfigError(f"experts = {self.experts}; a layer keeps at least 1")
         self.terms  # noqa: B018  (raises)
-        grouping = self.group in ("hierarchical", "k_means")
+        clusters = self.group in ("hierarchical", "k_means")
         for name, applies, to in (
             ("linkage", self.group == "hierarchical", "group = hierarchical"),
-            ("representation", grouping, "group = hierarchical and k_means"),
-            ("allocation", grouping, "group = hierarchical and k_means"),
-            ("protect", grouping, "group = hierarchical and k_means"),
-            ("scope", self.group == "prune", "group = prune"),
-            ("match", self.group not in ("prune", "o_prune"), "groups that merge"),
-            ("group_limit", self.group in ("one_shot", "ream"), "group = one_shot and ream"),
+            ("representation", clusters or self.group == "balanced", "group = hierarchical, k_means and balanced"),
+            ("allocation", clusters, "group = hierarchical and k_means"),
+            ("protect", clusters, "group = hierarchical and k_means"),
+            ("scope", self.group in ("prune", "one_shot"), "group = prune and one_shot"),
+            ("combine", self.group not in ("prune", "o_prune"), "groups that merge"),
+            ("group_limit", self.group in ("balanced", "one_shot", "ream"), "group = balanced, one_shot and ream"),
             ("subsets", self.group == "o_prune", "group = o_prune"),
             ("sweeps", self.fit == "layer", "fit = layer"),
         ):
@@ -85,9 +86,10 @@ class MergeConfig:
                 )
         if self.sweeps < 1:
             raise ConfigError(f"sweeps = {self.sweeps}; the smallest is 1")
-        if self.fit in ("coefficients", "neurons") and self.group in ("ream", "prune", "o_prune"):
+        if self.group in ("ream", "prune", "o_prune") and (self.fit == "coefficients" or self.combine == "neurons"):
             raise ConfigError(
-                f"fit = {self.fit}: group = {self.group} leaves most experts in no cluster; use fit=layer"
+                f"combine = {self.combine}, fit = {self.fit}: group = {self.group} sends no token to the experts that it "
+                "takes away; use combine=average or permutation, and fit=layer"
             )
         if not 0 <= self.protect < self.experts:
             raise ConfigError(f"protect = {self.protect}; of experts = {self.experts} at least one is for all others")
@@ -119,7 +121,8 @@ class MergeConfig:
     @property
     def reads_tokens(self) -> bool:
         """Whether sums are not enough."""
-        by_weights = self.match == "none" or (self.match != "zipit" and self.ingredients == "weights")
+        matched = self.combine in ("permutation", "fix_dominant") and self.ingredients == "weights"
+        by_weights = self.combine == "average" or matched
         return self.group == "o_prune" or not by_weights or self.fit != "none" or self.sequential
 
 
@@ -143,8 +146,13 @@ def group_all(config: MergeConfig, layers: Sequence[tuple[LayerStatistics, Tenso
     if config.group == "prune":
         scores = torch.stack([saliency(statistics, config.saliency) for statistics, _ in layers])
         return [_pruned(kept) for kept in keep(scores, config.experts, scope=config.scope)]
-    if config.group in ("one_shot", "ream"):
-        return [_around_dominant(config, statistics) for statistics, _ in layers]
+    if config.group == "ream":
+        return [_absorbed(config, statistics) for statistics, _ in layers]
+    if config.group in ("one_shot", "balanced"):
+        kind = "frequency" if config.group == "one_shot" else config.saliency
+        scores = torch.stack([saliency(statistics, kind) for statistics, _ in layers])
+        leaders = keep(scores, config.experts, scope=config.scope)
+        return [_around(config, *found, leading) for found, leading in zip(layers, leaders, strict=True)]
     return _clustered(config, layers)
 
 
@@ -159,10 +167,10 @@ def merge_layer(
         groups = _pruned(subsets[errors.argmin()])
     merged = _one_each(config, experts, groups, tokens, rule)
     layer = MergedLayer(expert_map=groups.expert_map, experts=merged)
+    if config.combine == "neurons":
+        layer, _ = choose_neurons(experts, layer, tokens, rule)
     if config.fit == "none":
         return layer
-    if config.fit == "neurons":
-        return choose_neurons(experts, layer, tokens, rule)[0]
     alpha = groups.shares if config.fit == "coefficients" else None
     return least_squares(
         experts, layer, tokens, rule, target=config.fit, alpha=alpha, ridges=RIDGES, sweeps=config.sweeps
@@ -173,13 +181,13 @@ def _one_each(
     config: MergeConfig, experts: Experts, groups: Groups, tokens: Sequence[LayerTokens], rule: RoutingRule
 ) -> Experts:
     labels, shares, dominant = groups.labels, groups.shares, groups.dominant
-    if config.match == "none":
+    if config.combine in ("average", "neurons"):  # neurons are chosen only where they are better than the average
         return weighted_experts(experts, labels, shares)
     sample = ClusterTokens(batches=tokens, rule=rule, seed=config.seed)
-    if config.match == "permutation":
+    if config.combine == "permutation":
         order = alignment.permutations(experts, labels, dominant, sample, config.ingredients)
         return alignment.aligned_average(experts, labels, order, shares)
-    if config.match == "fix_dominant":
+    if config.combine == "fix_dominant":
         return matching.fix_dominant(experts, labels, dominant, shares, sample, ingredients=config.ingredients)
     return matching.zipit(experts, labels, shares, sample)
 
@@ -211,15 +219,19 @@ def _clustered(config: MergeConfig, layers: Sequence[tuple[LayerStatistics, Tens
     return found
 
 
-def _around_dominant(config: MergeConfig, statistics: LayerStatistics) -> Groups:
-    if config.group == "ream":
-        groups = ream_groups(statistics, config.experts, group_size=config.group_limit or 16)
-        return Groups(
-            expert_map=groups.expert_map, labels=groups.labels, shares=groups.shares, dominant=groups.centroids
-        )
-    dominant = most_salient(statistics.frequency(), config.experts)
-    found = one_shot_labels(router_similarity(statistics), dominant, group_limit=config.group_limit)
-    (leaders,) = dominant.nonzero(as_tuple=True)
+def _absorbed(config: MergeConfig, statistics: LayerStatistics) -> Groups:
+    groups = ream_groups(statistics, config.experts, group_size=config.group_limit or 16)
+    return Groups(expert_map=groups.expert_map, labels=groups.labels, shares=groups.shares, dominant=groups.centroids)
+
+
+def _around(config: MergeConfig, statistics: LayerStatistics, gram: Tensor, leading: Tensor) -> Groups:
+    """Groups around leading experts, bool [E]: by router logits, or balanced ones by a representation."""
+    if config.group == "one_shot":
+        found = one_shot_labels(router_similarity(statistics), leading, group_limit=config.group_limit)
+    else:
+        limit = config.group_limit or -(-len(leading) // config.experts)
+        found = one_shot_labels(-_distances(config, statistics, gram), leading, group_limit=limit)
+    (leaders,) = leading.nonzero(as_tuple=True)
     shares = coefficients(found, statistics, config.shares)
     return Groups(expert_map=found, labels=found, shares=shares, dominant=leaders)
 
