@@ -88,7 +88,7 @@ class MergeConfig:
             raise ConfigError(f"sweeps = {self.sweeps}; the smallest is 1")
         if self.group in ("ream", "prune", "o_prune") and (self.fit == "coefficients" or self.combine == "neurons"):
             raise ConfigError(
-                f"combine = {self.combine}, fit = {self.fit}: group = {self.group} sends no token to the experts that it "
+                f"combine = {self.combine}, fit = {self.fit}: group = {self.group} sends no token to experts that it "
                 "takes away; use combine=average or permutation, and fit=layer"
             )
         if not 0 <= self.protect < self.experts:
