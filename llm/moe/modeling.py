@@ -8,6 +8,8 @@ This file is copied next to exported weights, where transformers reads it with `
 imports torch and transformers only. Where this package is installed, `register()` makes that needless.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -23,7 +26,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -55,14 +58,19 @@ class HCSMoEQwen3MoeConfig(Qwen3MoeConfig):
 # --- one layer ------------------------------------------------------------------------------------------------------
 
 
-class _ExpertMap:
+class _ExpertMap(nn.Module):
     """What makes a router choose among E experts and name merged ones. A subclass of the original router, so that
     transformers goes on to record its logits."""
 
     always_normalises = False  # whether the gates of a token sum to 1 whatever the configuration says
     gates_as_logits = True  # whether gates have the type of the logits, or float32
+    top_k: int
+    num_experts: int
+    hidden_dim: int
+    weight: Tensor  # [E, d]
+    expert_map: Tensor  # int64 [E]
 
-    def __init__(self, config, num_merged: int) -> None:
+    def __init__(self, config: Any, num_merged: int) -> None:
         super().__init__(config)
         self.num_merged = num_merged
         self.normalises = self.always_normalises or config.norm_topk_prob
@@ -99,7 +107,7 @@ class HCSMoEQwen3MoeRouter(_ExpertMap, Qwen3MoeTopKRouter):
 class MergedExperts(nn.Module):
     """r_l gated feed-forward experts. An expert may be named several times by one token: its gates add up."""
 
-    def __init__(self, config, num_experts: int, inner_width: int) -> None:
+    def __init__(self, config: Any, num_experts: int, inner_width: int) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner_width, config.hidden_size))
@@ -125,12 +133,13 @@ def default_expert_map(num_experts: int, num_merged: int) -> Tensor:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-class _MergedCausalLM:
+class _MergedCausalLM(PreTrainedModel):
     """What turns an original model into a merged one."""
 
-    router_class: type
+    router_class: type[_ExpertMap]
+    model: Any
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         if config.hcsmoe_version > VERSION:
             raise ValueError(
@@ -151,16 +160,18 @@ class _MergedCausalLM:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        config: Any = self.config
         if isinstance(module, MergedExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
-            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=config.initializer_range)
         elif isinstance(module, _ExpertMap):
             init.copy_(module.expert_map, default_expert_map(module.num_experts, module.num_merged))
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but weights that are not in the checkpoint are an error: they would be random."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise RuntimeError(
                 f"The checkpoint lacks {', '.join(missing[:3])} and {len(missing)} in all; fetch or export it again."
@@ -183,7 +194,7 @@ class HCSMoEQwen3MoeForCausalLM(_MergedCausalLM, Qwen3MoeForCausalLM):
     router_class = HCSMoEQwen3MoeRouter
 
 
-def merged_counts(config) -> list[int]:
+def merged_counts(config: Any) -> list[int]:
     """r_l of each decoder layer, 0 where it is dense."""
     if config.merged_experts_per_layer is not None:
         return config.merged_experts_per_layer

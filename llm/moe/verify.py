@@ -92,9 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     modeling.register()
     request = load_file(Path(exchange) / _REQUEST)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True
     )
+    model, info = loaded
     if wrong := [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]:
         raise CheckpointError(f"{wrong[0]} and {len(wrong)} entries in all are missing, unknown or of another shape")
     answer = asdict(compare(model, request["logits"], request["tokens"]))
