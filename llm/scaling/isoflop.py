@@ -83,17 +83,14 @@ class IsoFlop:
         return tuple(parabola for parabola in self.parabolas if parabola.flaw is None)
 
 
-def fit_parabola(
-    parameters: Array, tokens: Array, loss: Array, *, budget: float, weights: Array | None = None
-) -> Parabola:
-    """Least squares over at least 3 sizes; `weights` multiply squared residuals, for example 1 / standard error^2."""
+def fit_parabola(parameters: Array, tokens: Array, loss: Array, *, budget: float) -> Parabola:
+    """Least squares over at least 3 sizes."""
     if len(np.unique(parameters)) < 3:
         raise ValueError(f"a parabola needs 3 sizes, budget {budget:.3g} has {len(np.unique(parameters))}")
     x = np.log10(parameters)
     centre = x.mean()  # powers of centred values: log10 N is about 8, so its own are nearly collinear
-    root = np.ones_like(x) if weights is None else np.sqrt(weights)
     design = np.stack([(x - centre) ** 2, x - centre, np.ones_like(x)], axis=1)
-    c2, c1, c0 = (float(c) for c in np.linalg.lstsq(design * root[:, None], loss * root, rcond=None)[0])
+    c2, c1, c0 = (float(c) for c in np.linalg.lstsq(design, loss, rcond=None)[0])
     coefficients = (c2, c1 - 2 * c2 * centre, c0 - c1 * centre + c2 * centre**2)
     if c2 <= 0:
         nan = float("nan")
@@ -120,21 +117,14 @@ def fit_power_law(x: Array, y: Array) -> PowerLaw:
     return PowerLaw(coefficient=float(np.exp(log_y.mean() - exponent * log_x.mean())), exponent=exponent)
 
 
-def fit_isoflop(points: Points, *, weighted: bool = False) -> IsoFlop:
-    """One parabola for every budget with at least 3 sizes. `weighted`: by 1 / standard error^2."""
+def fit_isoflop(points: Points) -> IsoFlop:
+    """One parabola for every budget with at least 3 sizes."""
     parabolas = []
     for budget in np.unique(points.budgets):
         rows = points.budgets == budget
         if len(np.unique(points.parameters[rows])) >= 3:
-            weights = points.standard_error[rows] ** -2.0 if weighted else None
             parabolas.append(
-                fit_parabola(
-                    points.parameters[rows],
-                    points.tokens[rows],
-                    points.loss[rows],
-                    budget=float(budget),
-                    weights=weights,
-                )
+                fit_parabola(points.parameters[rows], points.tokens[rows], points.loss[rows], budget=float(budget))
             )
     sound = [parabola for parabola in parabolas if parabola.flaw is None]
 

@@ -38,7 +38,6 @@ class Surface:
     objective: float  # sum of Huber losses
     starts: int
     reached: int  # starts that ended at the best objective
-    steepness: float  # largest derivative in log E, log A, log B, a, b, relative to the objective
 
     @property
     def flaw(self) -> str | None:
@@ -79,8 +78,6 @@ def fit_surface(
     best_value, best = ends[int(objectives.argmin())]
     e, u, v, a, b = best
     log_a, log_b = u + a * centre[0], v + b * centre[1]
-    theta = np.array([e, log_a, log_b, a, b])
-    _, gradient = huber_objective(theta, np.log(parameters), np.log(tokens), np.log(loss))
     return Surface(
         irreducible=float(np.exp(e)),
         size_scale=float(np.exp(log_a)),
@@ -90,7 +87,6 @@ def fit_surface(
         objective=float(best_value),
         starts=len(ends),
         reached=int((objectives <= best_value * (1 + REACHED) + 1e-12).sum()),
-        steepness=float(np.abs(gradient).max() / max(best_value, 1e-300)),
     )
 
 
@@ -192,15 +188,13 @@ def _fit_official(parameters: Array, tokens: Array, loss: Array) -> Surface:
         return huber_objective(logs(x), log_n, log_d, log_loss)[0]
 
     end = optimize.minimize(objective, OFFICIAL_START, method="L-BFGS-B")
-    value, gradient = huber_objective(logs(end.x), log_n, log_d, log_loss)
     return Surface(
         irreducible=float(end.x[0]),
         size_scale=float(end.x[1]),
         token_scale=float(end.x[2]),
         size_exponent=float(end.x[3]),
         token_exponent=float(end.x[4]),
-        objective=value,
+        objective=objective(end.x),
         starts=1,
         reached=1,
-        steepness=float(np.abs(gradient).max() / value),
     )

@@ -51,7 +51,6 @@ def known_surface(e: float, size: float, token: float, a: float, b: float) -> Su
         objective=0.0,
         starts=3,
         reached=3,
-        steepness=0.0,
     )
 
 

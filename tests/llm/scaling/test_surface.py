@@ -81,7 +81,7 @@ def test_the_official_fit_stays_at_its_start_and_is_called_not_converged(
     assert fit.objective == pytest.approx(objective, rel=2e-4)
     best = allocate(fit, BUDGET)
     assert (best.parameters, best.tokens) == pytest.approx(allocation, rel=3e-3)
-    assert fit.flaw and "not converged" in fit.flaw and fit.steepness > 0.01
+    assert fit.flaw and "not converged" in fit.flaw
 
 
 def test_a_single_start_is_called_not_converged_wherever_it_ends() -> None:
@@ -101,7 +101,6 @@ def test_the_allocation_is_a_minimum_and_spends_the_budget() -> None:
         objective=0.0,
         starts=300,
         reached=300,
-        steepness=0.0,
     )
     for constant in (6.0, 8.0):
         best = allocate(surface, 1e20, constant)
