@@ -14,7 +14,7 @@ import numpy as np
 
 from launch import random
 from launch.errors import DataError
-from llm.scaling.isoflop import Array, IsoFlop, Points, fit_isoflop
+from llm.scaling.isoflop import FEWEST, Array, IsoFlop, Points, fit_isoflop
 from llm.scaling.surface import Surface, allocate, fit_surface, flops_for
 
 Kind = Literal["parametric", "case"]
@@ -161,7 +161,10 @@ def compute_ratio(a: Points, b: Points, flops: float, *, draws: int, seed: int, 
     """
     fits = fit_isoflop(a), fit_isoflop(b)
     if fits[0].loss is None or fits[1].loss is None:
-        raise DataError("a ratio of compute needs a minimum at two budgets or more of both families; train more sizes")
+        raise DataError(
+            f"a ratio of compute needs minima inside the measured sizes at {FEWEST} budgets of both families; "
+            "train more sizes"
+        )
     loss = fits[0].loss(flops)
 
     def laws(points: Points) -> Array:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from llm.diffusion.likelihood import ValidName
 
 Array = NDArray[np.float64]
+FEWEST = 3  # sizes of a parabola, and minima of a power law: through fewer, every curve is perfect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class PowerLaw:
 
 @dataclass(frozen=True, kw_only=True)
 class IsoFlop:
-    """All parabolas of a family, and power laws of the budget C through those without flaw (None for fewer than 2)."""
+    """All parabolas of a family, and power laws of the budget C through those without flaw (None for fewer than 3)."""
 
     estimate: str
     parabolas: tuple[Parabola, ...]  # by budget; budgets of fewer than 3 sizes have none
@@ -85,8 +86,8 @@ class IsoFlop:
 
 def fit_parabola(parameters: Array, tokens: Array, loss: Array, *, budget: float) -> Parabola:
     """Least squares over at least 3 sizes."""
-    if len(np.unique(parameters)) < 3:
-        raise ValueError(f"a parabola needs 3 sizes, budget {budget:.3g} has {len(np.unique(parameters))}")
+    if len(np.unique(parameters)) < FEWEST:
+        raise ValueError(f"a parabola needs {FEWEST} sizes, budget {budget:.3g} has {len(np.unique(parameters))}")
     x = np.log10(parameters)
     centre = x.mean()  # powers of centred values: log10 N is about 8, so its own are nearly collinear
     design = np.stack([(x - centre) ** 2, x - centre, np.ones_like(x)], axis=1)
@@ -122,14 +123,14 @@ def fit_isoflop(points: Points) -> IsoFlop:
     parabolas = []
     for budget in np.unique(points.budgets):
         rows = points.budgets == budget
-        if len(np.unique(points.parameters[rows])) >= 3:
+        if len(np.unique(points.parameters[rows])) >= FEWEST:
             parabolas.append(
                 fit_parabola(points.parameters[rows], points.tokens[rows], points.loss[rows], budget=float(budget))
             )
     sound = [parabola for parabola in parabolas if parabola.flaw is None]
 
     def law(value: Callable[[Parabola], float]) -> PowerLaw | None:
-        if len(sound) < 2:
+        if len(sound) < FEWEST:
             return None
         return fit_power_law(np.array([p.budget for p in sound]), np.array([value(p) for p in sound]))
 

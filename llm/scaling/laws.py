@@ -11,10 +11,9 @@ from launch.errors import DataError
 from llm.diffusion.likelihood import ValidName
 from llm.scaling.bootstrap import bootstrap, isoflop_values
 from llm.scaling.isoflop import Array, IsoFlop, Points, fit_isoflop
-from llm.scaling.point import Result
+from llm.scaling.point import COSTLY, Result
 from llm.scaling.surface import Method, Surface, fit_surface
 
-FIRST_BOUNDS = ("nll_ar", "nelbo_token", "nelbo_subtoken")  # comparable between families first
 FEWEST_POINTS = 6  # for a surface: one more than it has parameters
 
 
@@ -48,15 +47,29 @@ class Law:
 
 
 def choose(results: Sequence[Result], bounds: Sequence[str] | None) -> list[tuple[str, str]]:
-    """(family, bound) to fit: every named bound that a family has, or one bound each. DataError if none is left."""
+    """(family, bound) to fit: every named bound that a family has, or its best. DataError if none is left."""
     pairs = []
     for family in dict.fromkeys(result.point.family for result in results):
-        mine = [result for result in results if result.point.family == family]
-        known = [name for name in (*FIRST_BOUNDS, *get_args(ValidName)) if any(name in r.estimates for r in mine)]
-        pairs += [(family, name) for name in (known[:1] if bounds is None else bounds) if name in known]
+        known = {name for result in results if result.point.family == family for name in result.estimates}
+        wanted = bounds if bounds is not None else [best_bound(results, family)] if known else []
+        pairs += [(family, name) for name in wanted if name in known]
     if not pairs:
         raise DataError(f"no result holds an estimate named {', '.join(bounds or get_args(ValidName))}")
     return pairs
+
+
+def best_bound(results: Sequence[Result], family: str) -> str:
+    """The valid bound of the lowest mean, chosen once for all points of a family, so that it does not follow noise.
+
+    Before that count that most points have it, and that it is not one of those that are judged on other, fewer
+    sequences than the rest.
+    """
+    values: dict[str, list[float]] = {}
+    for result in results:
+        if result.point.family == family:
+            for name, found in result.estimates.items():
+                values.setdefault(name, []).append(found.nats_per_token)
+    return min(values, key=lambda name: (name in COSTLY, -len(values[name]), np.mean(values[name]), name))
 
 
 def gather(results: Sequence[Result], family: str, bound: str) -> Points:

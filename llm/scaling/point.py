@@ -16,6 +16,7 @@ from llm.diffusion.likelihood import ValidName
 
 FACTS = "point.json"  # beside the result: which point it is, and what decides its result
 RESULT = "result.json"
+COSTLY = ("nll_chain", "nelbo_steps")  # bounds of a forward for every token or sampler step: on fewer sequences
 HASH = "config_hash"  # in result.json, beside the result: of the configuration that made it
 
 

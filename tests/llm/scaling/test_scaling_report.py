@@ -153,7 +153,7 @@ def test_one_point_makes_a_report(tmp_path: Path) -> None:
     one = [result("few", "s", 4e14, valid=("nelbo_token",), joint=False)]
     arguments = ["--draws", "5", "--predict", "1e15"]
     assert report.main_report([str(write(one, tmp_path / "study")), *arguments, "--out", str(tmp_path)]) == 0
-    assert "no ratio" in (tmp_path / "report.md").read_text()
+    assert "No ratio" in (tmp_path / "report.md").read_text()
 
 
 def test_the_cost_rule_is_read_off_the_points() -> None:
@@ -170,8 +170,8 @@ def test_bounds_that_are_none_are_refused(tmp_path: Path) -> None:
         report.main_fit([str(study), "--bound", "loss_ce_joint"])
     with pytest.raises(DataError, match="no result holds an estimate named nll_ar"):
         report.main_fit([str(study), "--bound", "nll_ar"])
-    with pytest.raises(ConfigError, match="--against mdm has no frontier"):
-        report.main_report([str(study), "--draws", "5", "--against", "mdm"])
+    with pytest.raises(ConfigError, match="--reference mdm has no result; families of the study: few"):
+        report.main_report([str(study), "--draws", "5", "--reference", "mdm"])
 
 
 def test_a_damaged_line_of_a_results_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,263 @@
+"""Tables of a study, as Markdown. Losses are nats per token of held-out text, under valid bounds alone."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+
+from llm.diffusion.likelihood import ValidName
+from llm.scaling.bootstrap import bootstrap, compute_ratio, fit_frontier, frontier_ratio, interval, surface_values
+from llm.scaling.difference import Comparison, Difference, Verdict, best_cell, cells
+from llm.scaling.isoflop import FEWEST
+from llm.scaling.laws import CostRule, Law
+from llm.scaling.point import Result
+from llm.scaling.surface import allocate
+
+SIX_ND = CostRule(constant=6.0)
+SURFACE_DRAWS = 60  # refits of a surface take a tenth of a second
+
+
+def difference_words(found: Comparison) -> str:
+    """Which families are better or worse than the reference, and how sure that is."""
+    if not found.best:
+        return f"No family shares a budget and a seed with {found.reference} yet: there is nothing to compare."
+    spread = found.spread
+    known = "unknown, as no two seeds meet" if spread is None else f"{spread:.4f}"
+    words = [
+        f"Loss less that of {found.reference} ({found.bound}) at equal compute, nats per token: below 0 is better. "
+        "Both losses are valid; each family has its best bound. A difference counts if it is beyond its noise: twice "
+        "its standard error, which combines those of the two evaluations, plus the spread over seeds. The spread is "
+        "the standard deviation of the difference over its own seeds, or that of all differences of two seeds and "
+        f"more, which is {known}, if it is larger.",
+        f"Best size to best size: {_verdicts(found.best, spread)}.",
+    ]
+    if found.sizes:
+        words.append(f"Size by size: {_verdicts(found.sizes, spread)}.")
+    seeds: dict[int, set[float]] = {}
+    for one in found.best:
+        seeds.setdefault(one.seeds, set()).add(one.budget)
+    counts = [f"{count} at {', '.join(f'{b:.3g}' for b in sorted(at))} FLOPs" for count, at in sorted(seeds.items())]
+    words.append(
+        f"Seeds of both: {'; '.join(counts)}."
+        + (" Of one seed alone, a spread is borrowed, not measured." if 1 in seeds and spread is not None else "")
+        + (" Without a spread, what counts here may be an accident of one seed." if spread is None else "")
+    )
+    if found.unmatched:
+        words.append(f"Not compared, for {found.reference} has no such budget or seed: {', '.join(found.unmatched)}.")
+    return "\n\n".join(words)
+
+
+def best_difference_table(found: Comparison) -> str:
+    """A line for each budget and family, the lowest difference of a budget first."""
+    rows = []
+    for one in found.best:
+        size = one.size if one.edge is None else f"{one.size} ({one.edge})"
+        cells = [f"{one.budget:.3g}", one.family, one.bound, size, one.reference_size, _difference(one)]
+        spread = "-" if one.spread is None else f"{one.spread:.4f}"
+        rows.append([*cells, str(one.seeds), spread, one.verdict(found.spread or 0.0)])
+    head = ["FLOPs", "family", "bound", "best size", f"size of {found.reference}", f"less {found.reference} (s.e.)"]
+    return table([*head, "seeds", "spread of seeds", "verdict"], rows)
+
+
+def size_difference_table(found: Comparison) -> str:
+    """A line for each family and size, a column for each budget."""
+    budgets = sorted({one.budget for one in found.sizes})
+    lines: dict[tuple[str, str, str], dict[float, str]] = {}
+    for one in found.sizes:
+        seeds = f"; {one.seeds} seeds, {one.spread:.4f}" if one.spread is not None else ""
+        cell = f"{one.value:+.4f} ({one.standard_error:.4f}{seeds})"
+        verdict = one.verdict(found.spread or 0.0)
+        lines.setdefault((one.family, one.bound, one.size), {})[one.budget] = f"{cell} {MARKS[verdict]}".rstrip()
+    rows = [[*key, *(cells.get(budget, "-") for budget in budgets)] for key, cells in sorted(lines.items())]
+    return table(["family", "bound", "size", *(f"{budget:.3g} FLOPs" for budget in budgets)], rows)
+
+
+MARKS: dict[Verdict, str] = {"better": "**better**", "worse": "worse", "within noise": ""}
+
+
+def laws_table(laws: Sequence[Law]) -> str:
+    """Exponents with intervals, and what could not be fitted."""
+    rows, remarks = [], []
+    for law in laws:
+        fit, cells = law.isoflop, []
+        for column, power in ((-5, fit.parameters), (-3, fit.tokens), (-1, fit.loss)):
+            cells.append(_range(power.exponent, law.replicates[:, column], "{:.3f}") if power else "-")
+        rows.append([law.family, law.bound, str(len(law.points)), f"{len(fit.sound)} of {len(law.budgets)}", *cells])
+        drawn = {p.budget for p in fit.parabolas}
+        flaws = [f"{p.budget:.3g} FLOPs: {p.flaw}" for p in fit.parabolas if p.flaw]
+        flaws += [f"{b:.3g} FLOPs: fewer than 3 sizes, no curve" for b in law.budgets if b not in drawn]
+        remarks += [f"- {law.family}, {law.bound}: {'; '.join(flaws)}"] if flaws else []
+    head = ["family", "bound", "points", "sound minima", "N_opt exponent", "D_opt exponent", "L_min exponent"]
+    return "\n".join([table(head, rows), "", *remarks]).rstrip()
+
+
+def surface_table(laws: Sequence[Law], rule: str) -> str:
+    """Parameters of the surfaces, the best allocation of the largest budget, and whether to believe it."""
+    rows = []
+    for law in laws:
+        fit = law.surface
+        if fit is None:
+            rows.append([law.family, law.bound, *["-"] * 7, "too few points"])
+            continue
+        best = allocate(fit, float(law.budgets.max()), cost_of(law, rule))
+        values = [f"{fit.irreducible:.4g}", f"{fit.size_scale:.4g}", f"{fit.token_scale:.4g}"]
+        values += [f"{fit.size_exponent:.4f}", f"{fit.token_exponent:.4f}", f"{best.parameters:.4g}"]
+        rows.append(
+            [law.family, law.bound, *values, f"{best.tokens:.4g}", fit.flaw or f"{fit.reached} of {fit.starts}"]
+        )
+    head = ["family", "bound", "E", "A", "B", "a", "b", "N* at the largest budget", "D*", "starts that agree"]
+    return table(head, rows)
+
+
+def ratio_table(laws: Sequence[Law], reference: str, draws: int, seed: int) -> str:
+    """C_B / C_A at the loss of family A, the reference, at each of its budgets."""
+    fitted = [law for law in laws if law.isoflop.loss]
+    base = next((law for law in fitted if law.family == reference), None)
+    if base is None or len(fitted) < 2:
+        return f"No ratio: {reference} and another family need sound minima at {FEWEST} budgets."
+    frontiers = {
+        law.family: fit_frontier(law.points, law.surface, law.cost, draws=min(draws, SURFACE_DRAWS), seed=seed + i)
+        for i, law in enumerate(fitted)
+        if law.surface is not None and law.surface.flaw is None
+    }
+    rows = []
+    for law in fitted:
+        if law is not base:
+            by = "surfaces" if {law.family, base.family} <= frontiers.keys() else "power laws, no floor"
+            for parabola in base.isoflop.sound:
+                if by == "surfaces":
+                    found = frontier_ratio(frontiers[base.family], frontiers[law.family], parabola.budget)
+                else:
+                    found = compute_ratio(base.points, law.points, parabola.budget, draws=draws, seed=seed)
+                value = _interval(found.ratio.estimate, found.ratio.low, found.ratio.high, "{:.3g}")
+                remark = "extrapolated" if found.extrapolated else "measured"
+                rows.append([law.family, law.bound, f"{parabola.budget:.3g}", f"{found.loss:.4f}", value, remark, by])
+    head = [
+        "family",
+        "bound",
+        f"FLOPs of {base.family}",
+        f"loss ({base.bound})",
+        "times the FLOPs (95 %)",
+        "the loss is",
+        "by",
+    ]
+    return table(head, rows)
+
+
+def prediction_table(laws: Sequence[Law], options: argparse.Namespace) -> str:
+    """N*, D*, loss at a budget: by the surface where it is sound, by the power laws otherwise."""
+    flops, rows = options.predict, []
+    for law in laws:
+        fit, laws_of = law.surface, law.isoflop
+        if fit is not None and fit.flaw is None:
+            cost = cost_of(law, options.flops_rule)
+            best = allocate(fit, flops, cost)
+            draws = bootstrap(
+                law.points,
+                lambda p, fit=fit, cost=cost: surface_values(p, fit, flops, cost),
+                draws=min(options.draws, SURFACE_DRAWS),
+                seed=options.seed,
+                around=fit,
+            )[:, 5:]
+            values, source = (best.parameters, best.tokens, best.loss), "surface"
+        elif laws_of.parameters and laws_of.tokens and laws_of.loss:
+            values = (laws_of.parameters(flops), laws_of.tokens(flops), laws_of.loss(flops))
+            draws = law.replicates[:, -6::2] * flops ** law.replicates[:, -5::2]
+            source = "power laws"
+        else:
+            rows.append([law.family, law.bound, "-", "-", "-", "too few points"])
+            continue
+        outside = not law.budgets.min() <= flops <= law.budgets.max()
+        cells = [_range(v, draws[:, i], "{:.4f}" if i == 2 else "{:.3g}") for i, v in enumerate(values)]
+        rows.append([law.family, law.bound, *cells, source + (", extrapolated" if outside else "")])
+    return table(["family", "bound", "N* (95 %)", "D* (95 %)", "loss (95 %)", "by"], rows)
+
+
+def best_table(laws: Sequence[Law], results: Sequence[Result]) -> str:
+    """The size of the lowest mean over seeds at each budget, its standard error, and the spread of its seeds."""
+    rows = []
+    for law in laws:
+        found = cells(results, law.family, law.bound)
+        factor = next(r.bytes_per_token for r in results if r.point.family == law.family) * math.log(2)
+        for budget in map(float, law.budgets):
+            size, seeds = best_cell(found, budget)
+            losses = [one.nats_per_token for one in seeds.values()]
+            error = float(np.mean([one.standard_error for one in seeds.values()]))  # all seeds read the same text
+            mean, count = float(np.mean(losses)), len(losses)
+            spread = f"{np.std(losses, ddof=1):.4f} ({count} seeds)" if count > 1 else "one seed"
+            cell = f"{size} of {sum(at == budget for at, _ in found)}"
+            rows.append(
+                [
+                    law.family,
+                    law.bound,
+                    f"{budget:.3g}",
+                    cell,
+                    f"{mean:.4f} ({error:.4f})",
+                    spread,
+                    f"{mean / factor:.4f}",
+                ]
+            )
+    return table(["family", "bound", "FLOPs", "best size", "loss (s.e.)", "spread of seeds", "bits/byte"], rows)
+
+
+def points_table(results: Sequence[Result]) -> str:
+    """Every point with every valid estimate; the joint loss in a last column that says what it is not."""
+    names = [name for name in get_args(ValidName) if any(name in r.estimates for r in results)]
+    rows = []
+    for r in sorted(results, key=lambda r: (r.point.family, r.point.budget, r.point.parameters, r.point.seed)):
+        found = [r.estimates.get(name) for name in names] + [r.joint]
+        cells = [f"{e.nats_per_token:.4f} ({e.standard_error:.4f})" if e else "-" for e in found]
+        p = r.point
+        rows.append([p.name, f"{p.parameters:,}", f"{p.tokens:,}", f"{p.flops:.4g}", f"{p.flops_6nd:.4g}", *cells])
+    return table(["point", "N", "D", "FLOPs", "6ND", *names, "loss_ce_joint (no likelihood)"], rows)
+
+
+def _verdicts(differences: Sequence[Difference], spread: float | None) -> str:
+    """better: a (1e+12, 2e+12), b (1e+12); ..."""
+    parts = []
+    for verdict, words in (
+        ("better", "beyond noise and better"),
+        ("worse", "beyond noise and worse"),
+        ("within noise", "within noise"),
+    ):
+        at: dict[str, list[float]] = {}
+        for one in differences:
+            if one.verdict(spread or 0.0) == verdict:
+                at.setdefault(f"{one.family} ({one.bound})", []).append(one.budget)
+        families = [f"{name} at {', '.join(_counted(budgets))}" for name, budgets in sorted(at.items())]
+        parts.append(f"{words}: {'; '.join(families) or 'none'}")
+    return ". ".join(part[0].upper() + part[1:] if i else part for i, part in enumerate(parts))
+
+
+def _counted(budgets: Sequence[float]) -> list[str]:
+    """1e+12, or 1e+12 (3 sizes)."""
+    counts = {budget: list(budgets).count(budget) for budget in sorted(budgets)}
+    return [f"{b:.3g}" if count == 1 else f"{b:.3g} ({count} sizes)" for b, count in counts.items()]
+
+
+def _difference(one: Difference) -> str:
+    return f"{one.value:+.4f} ({one.standard_error:.4f})"
+
+
+def cost_of(law: Law, rule: str) -> CostRule:
+    return law.cost if rule == "ladder" else SIX_ND
+
+
+def _range(estimate: float, replicates: np.ndarray, form: str) -> str:
+    found = interval(estimate, replicates)
+    return _interval(estimate, found.low, found.high, form)
+
+
+def _interval(estimate: float, low: float, high: float, form: str) -> str:
+    known = math.isfinite(low) and math.isfinite(high)
+    return (
+        f"{form.format(estimate)} [{form.format(low)}, {form.format(high)}]"
+        if known
+        else f"{form.format(estimate)} [?]"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
