@@ -38,7 +38,7 @@ class Ratio:
     flops: float
     loss: float
     ratio: Interval
-    extrapolated: bool  # the loss lies outside the measured minima of A or B
+    extrapolated: bool  # the loss lies outside the measured minima of A or B, or an optimal size outside their sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +150,13 @@ def frontier_ratio(a: Frontier, b: Frontier, flops: float) -> Ratio:
     pairs = zip(a.replicates, b.replicates, strict=True)
     ratios = [flops_for(of_b, allocate(of_a, flops, a.cost).loss, b.cost) / flops for of_a, of_b in pairs]
     extrapolated = _is_outside(loss, fit_isoflop(a.points), fit_isoflop(b.points))
+    for one, spent in ((a, flops), (b, estimate * flops)):
+        sizes = one.points.parameters
+        if (
+            not np.isfinite(spent)
+            or not sizes.min() <= allocate(one.surface, spent, one.cost).parameters <= sizes.max()
+        ):
+            extrapolated = True
     return Ratio(flops=flops, loss=loss, ratio=interval(estimate, np.array(ratios)), extrapolated=extrapolated)
 
 

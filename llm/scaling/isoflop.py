@@ -6,7 +6,7 @@ against tokens, so their loss has a minimum; where it lies, as a function of the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from llm.diffusion.likelihood import ValidName
 
 Array = NDArray[np.float64]
+Flaw = Literal["extrapolated", "not convex"]
 FEWEST = 3  # sizes of a parabola, and minima of a power law: through fewer, every curve is perfect
 
 
@@ -41,14 +42,14 @@ class Points:
 
 @dataclass(frozen=True, kw_only=True)
 class Parabola:
-    """loss = c2 x^2 + c1 x + c0 with x = log10 N, and its minimum."""
+    """loss = c2 x^2 + c1 x + c0 with x = log10 N, and its minimum, which is sound if it lies inside the measured N."""
 
     budget: float
     coefficients: tuple[float, float, float]  # c2, c1, c0
     parameters: float  # N_opt; nan if the parabola is not convex
     tokens: float  # D_opt, by interpolation of log D in log N between the measured models
     loss: float  # at the minimum
-    flaw: str | None  # why the minimum is not to be trusted
+    flaw: Flaw | None  # why the minimum is not to be trusted
 
     def __call__(self, parameters: Array) -> Array:
         return np.polyval(self.coefficients, np.log10(parameters)).astype(np.float64)
@@ -95,11 +96,12 @@ def fit_parabola(parameters: Array, tokens: Array, loss: Array, *, budget: float
     coefficients = (c2, c1 - 2 * c2 * centre, c0 - c1 * centre + c2 * centre**2)
     if c2 <= 0:
         nan = float("nan")
-        flaw = "not convex"
-        return Parabola(budget=budget, coefficients=coefficients, parameters=nan, tokens=nan, loss=nan, flaw=flaw)
+        return Parabola(
+            budget=budget, coefficients=coefficients, parameters=nan, tokens=nan, loss=nan, flaw="not convex"
+        )
     lowest = centre - c1 / (2 * c2)
     order = np.argsort(x)
-    flaw = None if x.min() <= lowest <= x.max() else "minimum outside the measured sizes"
+    flaw = None if x.min() <= lowest <= x.max() else "extrapolated"
     return Parabola(
         budget=budget,
         coefficients=coefficients,

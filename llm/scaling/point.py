@@ -54,6 +54,7 @@ class Result:
     joint: Estimated | None = None  # loss_ce_joint: no bound, no perplexity; for comparison with published losses
     bytes_per_token: float  # of the held-out text, to turn nats per token into bits per byte
     seconds: float  # wall time of training, over all restarts
+    steps: int  # of training
 
     def __post_init__(self) -> None:
         for name in self.estimates:
@@ -72,6 +73,8 @@ def read_result(path: Path) -> Result:
     """The result in `path`; `DataError` if it is damaged or claims a likelihood that is none."""
     tree = _read(path)
     tree.pop(HASH, None)
+    if "steps" not in tree and (path.parent / FACTS).exists():  # results did not always hold it
+        tree["steps"] = read_facts(path.parent)["identity"]["train.steps"]
     try:
         return configs.from_dict(Result, tree, source=str(path))
     except (ConfigError, TypeError) as error:

@@ -16,7 +16,7 @@ from launch import config as configs
 from launch.errors import ConfigError, DataError
 from llm.diffusion.likelihood import ValidName
 from llm.scaling import figures
-from llm.scaling.bootstrap import interval
+from llm.scaling.bootstrap import fit_frontier, interval
 from llm.scaling.difference import compare
 from llm.scaling.laws import Law, best_bound, choose, fit_law
 from llm.scaling.point import Result, read_results, write_json
@@ -26,6 +26,7 @@ from llm.scaling.summary import (
     cost_of,
     difference_words,
     laws_table,
+    minima_table,
     points_table,
     prediction_table,
     ratio_table,
@@ -33,6 +34,8 @@ from llm.scaling.summary import (
     surface_table,
 )
 from llm.scaling.surface import Method, allocate
+
+SURFACE_DRAWS = 60  # refits of a surface take a tenth of a second
 
 
 def main_fit(argv: Sequence[str]) -> int:
@@ -45,7 +48,7 @@ def main_fit(argv: Sequence[str]) -> int:
     folder = options.study if options.study.is_dir() else options.study.parent
     rule = options.flops_rule
     write_json(folder / "fit.json", {"method": options.method, "laws": [to_json(law, rule) for law in laws]})
-    print(f"{laws_table(laws)}\n\n{surface_table(laws, rule)}\n\n{folder / 'fit.json'}")
+    print(f"{minima_table(laws)}\n\n{laws_table(laws)}\n\n{surface_table(laws, rule)}\n\n{folder / 'fit.json'}")
     return 0
 
 
@@ -59,6 +62,8 @@ def main_report(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder; default: STUDY/report, or that of the results file")
     options = parser.parse_args(argv)
     _check_bounds(options.bound)
+    if options.predict is not None and options.predict <= 0:
+        raise ConfigError(f"--predict {options.predict:g}; a budget is a number of FLOPs above 0")
     results = read(options.study)
     reference = _reference(results, options.reference)
     compared = compare(results, choose(results, options.bound), reference)
@@ -68,17 +73,26 @@ def main_report(argv: Sequence[str]) -> int:
     lines = [json.dumps(configs.to_dict(result), allow_nan=False) for result in results]
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
     pictures = figures.draw(laws, results, folder)
+    frontiers = {
+        law.key: fit_frontier(
+            law.points, law.surface, law.cost, draws=min(options.draws, SURFACE_DRAWS), seed=options.seed + i
+        )
+        for i, law in enumerate(laws)
+        if law.surface is not None and law.surface.flaw is None
+    }
     sections = [
         (f"Against {reference}, at equal compute", difference_words(compared)),
         ("Best size to best size", best_difference_table(compared)),
         ("Size by size", size_difference_table(compared)),
         ("Best of each budget", best_table(laws, results)),
-        ("Laws of the parabolas' minima", laws_table(laws)),
+        ("Minima of the parabolas", minima_table(laws)),
+        ("Laws of the minima", laws_table(laws)),
         ("Surface L(N, D) = E + A/N^a + B/D^b", surface_table(laws, options.flops_rule)),
-        ("Compute for equal loss", ratio_table(laws, reference, options.draws, options.seed)),
+        ("Compute for equal loss", ratio_table(laws, frontiers, reference, options.draws, options.seed)),
     ]
     if options.predict:
-        sections.append((f"Prediction at {options.predict:.4g} FLOPs", prediction_table(laws, options)))
+        text = prediction_table(laws, frontiers, options.predict, options.flops_rule)
+        sections.append((f"Prediction at {options.predict:.4g} FLOPs", text))
     sections += [("All points", points_table(results))]
     sections += [("Figures", "\n\n".join(f"![{path.stem}]({path.name})" for path in pictures))]
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections)
@@ -135,7 +149,10 @@ def to_json(law: Law, rule: str) -> dict[str, Any]:
     surface = law.surface and {
         **configs.to_dict(law.surface),
         "flaw": law.surface.flaw,
-        "optimum": [configs.to_dict(allocate(law.surface, float(b), cost_of(law, rule))) for b in law.budgets],
+        "optimum": [
+            {**configs.to_dict(best), "extrapolated": not law.is_measured(best.parameters)}
+            for best in (allocate(law.surface, float(b), cost_of(law, rule)) for b in law.budgets)
+        ],
     }
     parabolas = [configs.to_dict(parabola) for parabola in fit.parabolas]
     tree = {"family": law.family, "bound": law.bound, "points": len(law.points)}

@@ -1,22 +1,21 @@
 """Tables of a study, as Markdown. Losses are nats per token of held-out text, under valid bounds alone."""
 
-import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import numpy as np
 
 from llm.diffusion.likelihood import ValidName
-from llm.scaling.bootstrap import bootstrap, compute_ratio, fit_frontier, frontier_ratio, interval, surface_values
+from llm.scaling.bootstrap import Frontier, compute_ratio, frontier_ratio, interval
 from llm.scaling.difference import Comparison, Difference, Verdict, best_cell, cells
 from llm.scaling.isoflop import FEWEST
-from llm.scaling.laws import CostRule, Law
+from llm.scaling.laws import CostRule, Law, lack
 from llm.scaling.point import Result
 from llm.scaling.surface import allocate
 
 SIX_ND = CostRule(constant=6.0)
-SURFACE_DRAWS = 60  # refits of a surface take a tenth of a second
+Frontiers = Mapping[tuple[str, str], Frontier]  # by family and bound: the sound surfaces
 
 
 def difference_words(found: Comparison) -> str:
@@ -78,19 +77,42 @@ MARKS: dict[Verdict, str] = {"better": "**better**", "worse": "worse", "within n
 
 
 def laws_table(laws: Sequence[Law]) -> str:
-    """Exponents with intervals, and what could not be fitted."""
-    rows, remarks = [], []
+    """Exponents with intervals; a dash where there are too few sound minima."""
+    rows = []
     for law in laws:
-        fit, cells = law.isoflop, []
+        fit, found = law.isoflop, []
         for column, power in ((-5, fit.parameters), (-3, fit.tokens), (-1, fit.loss)):
-            cells.append(_range(power.exponent, law.replicates[:, column], "{:.3f}") if power else "-")
-        rows.append([law.family, law.bound, str(len(law.points)), f"{len(fit.sound)} of {len(law.budgets)}", *cells])
-        drawn = {p.budget for p in fit.parabolas}
-        flaws = [f"{p.budget:.3g} FLOPs: {p.flaw}" for p in fit.parabolas if p.flaw]
-        flaws += [f"{b:.3g} FLOPs: fewer than 3 sizes, no curve" for b in law.budgets if b not in drawn]
-        remarks += [f"- {law.family}, {law.bound}: {'; '.join(flaws)}"] if flaws else []
+            found.append(_range(power.exponent, law.replicates[:, column], "{:.3f}") if power else "-")
+        rows.append([law.family, law.bound, str(len(law.points)), f"{len(fit.sound)} of {len(law.budgets)}", *found])
     head = ["family", "bound", "points", "sound minima", "N_opt exponent", "D_opt exponent", "L_min exponent"]
-    return "\n".join([table(head, rows), "", *remarks]).rstrip()
+    missing = [law.family for law in laws if law.isoflop.loss is None]
+    words = f"Fewer than {FEWEST} sound minima, so no law: {', '.join(missing)}." if missing else ""
+    return f"{table(head, rows)}\n\n{words}".rstrip()
+
+
+def minima_table(laws: Sequence[Law]) -> str:
+    """N_opt, D_opt and L_min of each budget, or why there are none: what is extrapolated is a limit and no value."""
+    rows = []
+    for law in laws:
+        parabolas = {parabola.budget: parabola for parabola in law.isoflop.parabolas}
+        count = len(law.budgets)
+        for i, budget in enumerate(map(float, law.budgets)):
+            sizes = np.unique(law.points.parameters[law.points.budgets == budget])
+            found, cells_of = parabolas.get(budget), ["-", "-", "-"]
+            if found is None:
+                remark = f"{len(sizes)} of {FEWEST} sizes, no curve"
+            elif found.flaw is None:
+                values = (found.parameters, found.tokens, found.loss)
+                forms = ("{:.3g}", "{:.3g}", "{:.4f}")
+                columns = (i, count + i, 2 * count + i)
+                cells_of = [_range(v, law.replicates[:, c], f) for v, c, f in zip(values, columns, forms, strict=True)]
+                remark = "measured"
+            else:
+                remark = found.flaw
+                if found.flaw == "extrapolated":
+                    cells_of[0] = f"< {sizes[0]:.3g}" if found.parameters < sizes[0] else f"> {sizes[-1]:.3g}"
+            rows.append([law.family, law.bound, f"{budget:.3g}", str(len(sizes)), *cells_of, remark])
+    return table(["family", "bound", "FLOPs", "sizes", "N_opt (95 %)", "D_opt (95 %)", "L_min (95 %)", "minimum"], rows)
 
 
 def surface_table(laws: Sequence[Law], rule: str) -> str:
@@ -99,11 +121,12 @@ def surface_table(laws: Sequence[Law], rule: str) -> str:
     for law in laws:
         fit = law.surface
         if fit is None:
-            rows.append([law.family, law.bound, *["-"] * 7, "too few points"])
+            rows.append([law.family, law.bound, *["-"] * 7, f"no surface: {lack(law.points)}"])
             continue
         best = allocate(fit, float(law.budgets.max()), cost_of(law, rule))
         values = [f"{fit.irreducible:.4g}", f"{fit.size_scale:.4g}", f"{fit.token_scale:.4g}"]
-        values += [f"{fit.size_exponent:.4f}", f"{fit.token_exponent:.4f}", f"{best.parameters:.4g}"]
+        values += [f"{fit.size_exponent:.4f}", f"{fit.token_exponent:.4f}"]
+        values += [f"{best.parameters:.4g}{'' if law.is_measured(best.parameters) else ' extrapolated'}"]
         rows.append(
             [law.family, law.bound, *values, f"{best.tokens:.4g}", fit.flaw or f"{fit.reached} of {fit.starts}"]
         )
@@ -111,68 +134,70 @@ def surface_table(laws: Sequence[Law], rule: str) -> str:
     return table(head, rows)
 
 
-def ratio_table(laws: Sequence[Law], reference: str, draws: int, seed: int) -> str:
+def ratio_table(laws: Sequence[Law], frontiers: Frontiers, reference: str, draws: int, seed: int) -> str:
     """C_B / C_A at the loss of family A, the reference, at each of its budgets."""
-    fitted = [law for law in laws if law.isoflop.loss]
-    base = next((law for law in fitted if law.family == reference), None)
-    if base is None or len(fitted) < 2:
-        return f"No ratio: {reference} and another family need sound minima at {FEWEST} budgets."
-    frontiers = {
-        law.family: fit_frontier(law.points, law.surface, law.cost, draws=min(draws, SURFACE_DRAWS), seed=seed + i)
-        for i, law in enumerate(fitted)
-        if law.surface is not None and law.surface.flaw is None
-    }
+    base = next((law for law in laws if law.family == reference), None)
+    rows, missing = [], []
+    for law in laws:
+        if base is None or law.family == reference:
+            continue
+        surfaces = frontiers.get(base.key), frontiers.get(law.key)
+        for budget in map(float, base.budgets):
+            if surfaces[0] is not None and surfaces[1] is not None:
+                found, by = frontier_ratio(surfaces[0], surfaces[1], budget), "surfaces"
+            elif base.isoflop.loss and law.isoflop.loss:
+                found = compute_ratio(base.points, law.points, budget, draws=draws, seed=seed)
+                by = "power laws, no floor"
+            else:
+                missing.append(law.family)
+                break
+            value = _interval(found.ratio.estimate, found.ratio.low, found.ratio.high, "{:.3g}")
+            remark = "extrapolated" if found.extrapolated else "measured"
+            rows.append([law.family, law.bound, f"{budget:.3g}", f"{found.loss:.4f}", value, remark, by])
+    words = []
+    if base is None or missing:
+        needs = f"sound surfaces or {FEWEST} sound minima of both families"
+        words = [f"No ratio to {reference}, which needs {needs}: {', '.join(missing) or 'all'}."]
+    if not rows:
+        return words[0] if words else f"No family but {reference}: no ratio."
+    head = ["family", "bound", f"FLOPs of {reference}", f"loss of {reference}", "times the FLOPs (95 %)", "the loss is"]
+    return "\n\n".join([table([*head, "by"], rows), *words])
+
+
+def prediction_table(laws: Sequence[Law], frontiers: Frontiers, flops: float, rule: str) -> str:
+    """N*, D*, steps and loss at a budget: by the surface where it is sound, by the power laws otherwise."""
     rows = []
-    for law in fitted:
-        if law is not base:
-            by = "surfaces" if {law.family, base.family} <= frontiers.keys() else "power laws, no floor"
-            for parabola in base.isoflop.sound:
-                if by == "surfaces":
-                    found = frontier_ratio(frontiers[base.family], frontiers[law.family], parabola.budget)
-                else:
-                    found = compute_ratio(base.points, law.points, parabola.budget, draws=draws, seed=seed)
-                value = _interval(found.ratio.estimate, found.ratio.low, found.ratio.high, "{:.3g}")
-                remark = "extrapolated" if found.extrapolated else "measured"
-                rows.append([law.family, law.bound, f"{parabola.budget:.3g}", f"{found.loss:.4f}", value, remark, by])
-    head = [
-        "family",
-        "bound",
-        f"FLOPs of {base.family}",
-        f"loss ({base.bound})",
-        "times the FLOPs (95 %)",
-        "the loss is",
-        "by",
-    ]
+    for law in laws:
+        fit, frontier = law.isoflop, frontiers.get(law.key)
+        if frontier is not None:
+            cost = cost_of(law, rule)
+            best = [allocate(surface, flops, cost) for surface in (frontier.surface, *frontier.replicates)]
+            every = np.array([[one.parameters, one.tokens, one.loss] for one in best])
+            values, draws, source = every[0], every[1:], "surface"
+        elif fit.parameters and fit.tokens and fit.loss:
+            values = np.array([fit.parameters(flops), fit.tokens(flops), fit.loss(flops)])
+            draws, source = law.replicates[:, -6::2] * flops ** law.replicates[:, -5::2], "power laws"
+        else:
+            rows.append([law.family, law.bound, *["-"] * 5, f"no law: {lack(law.points) or 'minima are not sound'}"])
+            continue
+        size, tokens, loss = (
+            _range(values[i], draws[:, i], form) for i, form in enumerate(("{:.3g}", "{:.3g}", "{:.4f}"))
+        )
+        steps = f"{max(1, round(values[1] / law.tokens_per_step)):,}"
+        rows.append([law.family, law.bound, size, tokens, steps, loss, source, _beyond(law, flops, values[0])])
+    head = ["family", "bound", "N* (95 %)", "D* (95 %)", "steps", "loss (95 %)", "by", "extrapolation"]
     return table(head, rows)
 
 
-def prediction_table(laws: Sequence[Law], options: argparse.Namespace) -> str:
-    """N*, D*, loss at a budget: by the surface where it is sound, by the power laws otherwise."""
-    flops, rows = options.predict, []
-    for law in laws:
-        fit, laws_of = law.surface, law.isoflop
-        if fit is not None and fit.flaw is None:
-            cost = cost_of(law, options.flops_rule)
-            best = allocate(fit, flops, cost)
-            draws = bootstrap(
-                law.points,
-                lambda p, fit=fit, cost=cost: surface_values(p, fit, flops, cost),
-                draws=min(options.draws, SURFACE_DRAWS),
-                seed=options.seed,
-                around=fit,
-            )[:, 5:]
-            values, source = (best.parameters, best.tokens, best.loss), "surface"
-        elif laws_of.parameters and laws_of.tokens and laws_of.loss:
-            values = (laws_of.parameters(flops), laws_of.tokens(flops), laws_of.loss(flops))
-            draws = law.replicates[:, -6::2] * flops ** law.replicates[:, -5::2]
-            source = "power laws"
-        else:
-            rows.append([law.family, law.bound, "-", "-", "-", "too few points"])
-            continue
-        outside = not law.budgets.min() <= flops <= law.budgets.max()
-        cells = [_range(v, draws[:, i], "{:.4f}" if i == 2 else "{:.3g}") for i, v in enumerate(values)]
-        rows.append([law.family, law.bound, *cells, source + (", extrapolated" if outside else "")])
-    return table(["family", "bound", "N* (95 %)", "D* (95 %)", "loss (95 %)", "by"], rows)
+def _beyond(law: Law, flops: float, parameters: float) -> str:
+    """How far a budget and its best size lie outside what was measured, as factors."""
+    words = []
+    for value, known, what in ((flops, law.budgets, "budget"), (parameters, law.points.parameters, "size")):
+        if value > known.max():
+            words.append(f"{value / known.max():.3g} times the largest {what}")
+        elif value < known.min():
+            words.append(f"{value / known.min():.3g} times the smallest {what}")
+    return "extrapolated: " + ", ".join(words) if words else "none"
 
 
 def best_table(laws: Sequence[Law], results: Sequence[Result]) -> str:

@@ -91,6 +91,7 @@ class PointTask(LanguageTask):
             joint=joint,
             bytes_per_token=bytes_per_token,
             seconds=_seconds(folder),
+            steps=self.config.train.steps,
         )
         write_result(folder, result, config_hash=facts["config_hash"])
 

@@ -239,7 +239,7 @@ def test_a_point_of_a_scaling_study_keeps_the_joint_loss_apart(
     assert result["joint"]["nats_per_token"] == pytest.approx(ABSURD)
     joint = Estimated(nats_per_token=1.0, standard_error=0.0, estimator="E2", draws=1)
     with pytest.raises(TypeError, match="not a likelihood"):
-        Result(point=point, estimates={"loss_ce_joint": joint}, bytes_per_token=1.0, seconds=1.0)
+        Result(point=point, estimates={"loss_ce_joint": joint}, bytes_per_token=1.0, seconds=1.0, steps=1)
 
 
 def test_the_harness_model_calls_the_joint_score_a_score_and_refuses_to_sum_it_up() -> None:

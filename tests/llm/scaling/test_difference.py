@@ -37,6 +37,7 @@ def result(name: str, **values: float) -> Result:
         joint=estimated(0.5) if family != "mdm" else None,
         bytes_per_token=1.0,
         seconds=1.0,
+        steps=100,
     )
 
 

@@ -65,7 +65,7 @@ def test_an_exact_parabola_is_recovered_and_its_flaws_are_named() -> None:
     assert (np.log10(fit.parameters), fit.loss) == (pytest.approx(6.6), pytest.approx(3))
     assert fit.flaw is None and fit.coefficients == pytest.approx((0.2, -2.64, 11.712))
     outside = fit_parabola(sizes, 1e18 / sizes, 0.2 * (x - 8) ** 2 + 3, budget=6e18)
-    assert outside.flaw == "minimum outside the measured sizes" and np.log10(outside.parameters) == pytest.approx(8)
+    assert outside.flaw == "extrapolated" and np.log10(outside.parameters) == pytest.approx(8)
     assert fit_parabola(sizes, 1e18 / sizes, -0.2 * (x - 6.6) ** 2 + 3, budget=6e18).flaw == "not convex"
 
 
