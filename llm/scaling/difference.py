@@ -36,15 +36,6 @@ class Difference:
     spread: float | None  # standard deviation over the seeds; None for one
     edge: Edge | None = None  # where the best size lies among the family's own: a better one may lie beyond
 
-    def noise(self, pooled: float) -> float:
-        """Two standard errors and a spread over seeds: its own, or the pooled one where that is larger."""
-        return 2 * self.standard_error + max(pooled, self.spread or 0.0)
-
-    def verdict(self, pooled: float) -> Verdict:
-        if abs(self.value) <= self.noise(pooled):
-            return "within noise"
-        return "better" if self.value < 0 else "worse"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -56,13 +47,25 @@ class Comparison:
     sizes: tuple[Difference, ...]  # size by size, by family, size and budget
     unmatched: tuple[str, ...]  # family and budget that the reference, or a seed of it, has not (yet)
 
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation of a difference over seeds, pooled over all sizes; None if no two seeds meet."""
-        repeated = [one for one in self.sizes if one.spread is not None]
+    def spread(self, family: str | None = None) -> float | None:
+        """Standard deviation of a difference over seeds, pooled over the sizes and budgets of a family, or of all.
+
+        None if no two seeds meet there. One size has two or three seeds, too few to know a spread by themselves.
+        """
+        repeated = [one for one in self.sizes if one.spread is not None and family in (None, one.family)]
         freedom = sum(one.seeds - 1 for one in repeated)
         squares = sum((one.seeds - 1) * (one.spread or 0.0) ** 2 for one in repeated)
         return (squares / freedom) ** 0.5 if freedom else None
+
+    def noise(self, one: Difference) -> float:
+        """Two standard errors plus the spread over seeds of the family, of all families where it has none, or 0."""
+        own = self.spread(one.family)
+        return 2 * one.standard_error + ((self.spread() if own is None else own) or 0.0)
+
+    def verdict(self, one: Difference) -> Verdict:
+        if abs(one.value) <= self.noise(one):
+            return "within noise"
+        return "better" if one.value < 0 else "worse"
 
 
 def compare(results: Sequence[Result], pairs: Sequence[tuple[str, str]], reference: str) -> Comparison:

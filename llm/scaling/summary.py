@@ -22,25 +22,25 @@ def difference_words(found: Comparison) -> str:
     """Which families are better or worse than the reference, and how sure that is."""
     if not found.best:
         return f"No family shares a budget and a seed with {found.reference} yet: there is nothing to compare."
-    spread = found.spread
+    spread = found.spread()
     known = "unknown, as no two seeds meet" if spread is None else f"{spread:.4f}"
+    borrowed = sorted({one.family for one in found.best if found.spread(one.family) is None})
     words = [
-        f"Loss less that of {found.reference} ({found.bound}) at equal compute, nats per token: below 0 is better. "
-        "Both losses are valid; each family has its best bound. A difference counts if it is beyond its noise: twice "
-        "its standard error, which combines those of the two evaluations, plus the spread over seeds. The spread is "
-        "the standard deviation of the difference over its own seeds, or that of all differences of two seeds and "
-        f"more, which is {known}, if it is larger.",
-        f"Best size to best size: {_verdicts(found.best, spread)}.",
+        f"Loss less that of {found.reference} ({found.bound}), nats per token: below 0 is better. Every family has its "
+        "best valid bound. A difference counts if it is beyond its noise: twice its standard error, which combines "
+        "those of the two evaluations, plus the spread over seeds: the standard deviation of the difference of one "
+        f"size, pooled over the sizes of the family, or over all families ({known}) where it has no two seeds yet.",
+        f"Best size to best size:\n\n{_verdicts(found, found.best)}",
     ]
     if found.sizes:
-        words.append(f"Size by size: {_verdicts(found.sizes, spread)}.")
+        words.append(f"Size by size:\n\n{_verdicts(found, found.sizes)}")
     seeds: dict[int, set[float]] = {}
     for one in found.best:
         seeds.setdefault(one.seeds, set()).add(one.budget)
     counts = [f"{count} at {', '.join(f'{b:.3g}' for b in sorted(at))} FLOPs" for count, at in sorted(seeds.items())]
     words.append(
-        f"Seeds of both: {'; '.join(counts)}."
-        + (" Of one seed alone, a spread is borrowed, not measured." if 1 in seeds and spread is not None else "")
+        f"Seeds that both have: {'; '.join(counts)}."
+        + (f" With a borrowed spread: {', '.join(borrowed)}." if borrowed and spread is not None else "")
         + (" Without a spread, what counts here may be an accident of one seed." if spread is None else "")
     )
     if found.unmatched:
@@ -55,7 +55,7 @@ def best_difference_table(found: Comparison) -> str:
         size = one.size if one.edge is None else f"{one.size} ({one.edge})"
         cells = [f"{one.budget:.3g}", one.family, one.bound, size, one.reference_size, _difference(one)]
         spread = "-" if one.spread is None else f"{one.spread:.4f}"
-        rows.append([*cells, str(one.seeds), spread, one.verdict(found.spread or 0.0)])
+        rows.append([*cells, str(one.seeds), spread, found.verdict(one)])
     head = ["FLOPs", "family", "bound", "best size", f"size of {found.reference}", f"less {found.reference} (s.e.)"]
     return table([*head, "seeds", "spread of seeds", "verdict"], rows)
 
@@ -67,13 +67,18 @@ def size_difference_table(found: Comparison) -> str:
     for one in found.sizes:
         seeds = f"; {one.seeds} seeds, {one.spread:.4f}" if one.spread is not None else ""
         cell = f"{one.value:+.4f} ({one.standard_error:.4f}{seeds})"
-        verdict = one.verdict(found.spread or 0.0)
-        lines.setdefault((one.family, one.bound, one.size), {})[one.budget] = f"{cell} {MARKS[verdict]}".rstrip()
+        mark = MARKS[found.verdict(one)]
+        lines.setdefault((one.family, one.bound, one.size), {})[one.budget] = f"{cell} {mark}".rstrip()
     rows = [[*key, *(cells.get(budget, "-") for budget in budgets)] for key, cells in sorted(lines.items())]
     return table(["family", "bound", "size", *(f"{budget:.3g} FLOPs" for budget in budgets)], rows)
 
 
 MARKS: dict[Verdict, str] = {"better": "**better**", "worse": "worse", "within noise": ""}
+LABELS: dict[Verdict, str] = {
+    "better": "better, beyond noise",
+    "worse": "worse, beyond noise",
+    "within noise": "not told apart",
+}
 
 
 def laws_table(laws: Sequence[Law]) -> str:
@@ -239,21 +244,17 @@ def points_table(results: Sequence[Result]) -> str:
     return table(["point", "N", "D", "FLOPs", "6ND", *names, "loss_ce_joint (no likelihood)"], rows)
 
 
-def _verdicts(differences: Sequence[Difference], spread: float | None) -> str:
-    """better: a (1e+12, 2e+12), b (1e+12); ..."""
-    parts = []
-    for verdict, words in (
-        ("better", "beyond noise and better"),
-        ("worse", "beyond noise and worse"),
-        ("within noise", "within noise"),
-    ):
+def _verdicts(found: Comparison, differences: Sequence[Difference]) -> str:
+    """A list: better, worse and within noise, with families and budgets."""
+    lines = []
+    for verdict, words in LABELS.items():
         at: dict[str, list[float]] = {}
         for one in differences:
-            if one.verdict(spread or 0.0) == verdict:
-                at.setdefault(f"{one.family} ({one.bound})", []).append(one.budget)
+            if found.verdict(one) == verdict:
+                at.setdefault(one.family, []).append(one.budget)
         families = [f"{name} at {', '.join(_counted(budgets))}" for name, budgets in sorted(at.items())]
-        parts.append(f"{words}: {'; '.join(families) or 'none'}")
-    return ". ".join(part[0].upper() + part[1:] if i else part for i, part in enumerate(parts))
+        lines.append(f"- {words}: {'; '.join(families) or 'none'}.")
+    return "\n".join(lines)
 
 
 def _counted(budgets: Sequence[float]) -> list[str]:

@@ -1,5 +1,6 @@
 """Differences against a reference, by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -83,34 +84,36 @@ def test_the_best_sizes_of_a_budget_are_compared_with_each_other() -> None:
     assert found().unmatched == ("prime at 4e+12 FLOPs",)
 
 
-def test_the_spread_of_single_seeds_is_that_of_all_pairs() -> None:
+def test_the_spread_over_seeds_is_pooled_over_the_sizes_of_a_family_and_borrowed_by_one_without_seeds() -> None:
     # Sizes s: 0.02, 0.06; m: 0.2, 0.1. Variances 0.0008 and 0.005, of one degree of freedom each.
     pooled = math.sqrt((0.0008 + 0.005) / 2)
-    assert found().spread == pytest.approx(pooled)
-    alone = next(one for one in found().sizes if one.budget == 2e12)
-    assert alone.noise(pooled) == pytest.approx(2 * 0.03 * math.sqrt(2) + pooled)
-    middle = next(one for one in found().sizes if (one.size, one.budget) == ("m", 1e12))
-    assert middle.noise(pooled) == pytest.approx(2 * 0.03 * math.sqrt(2) + 0.1 / math.sqrt(2))  # its own is larger
+    assert found().spread() == pytest.approx(pooled) == found().spread("prime")
+    other = [result("quiet/s-1e12-0", nelbo_token=3.0), result("quiet/s-1e12-1", nelbo_token=3.1)]
+    single = [result("single/s-1e12-0", nelbo_token=3.0)]
+    more = found([*STUDY, *other, *single])
+    assert (more.spread("quiet"), more.spread("single")) == (pytest.approx(0), None)
+    assert more.spread() == pytest.approx(math.sqrt((0.0008 + 0.005 + 0) / 3))
+    noise = {one.family: more.noise(one) for one in more.best if one.budget == 1e12}
+    both = 2 * 0.03 * math.sqrt(2)
+    assert noise["prime"] == pytest.approx(both + pooled) and noise["quiet"] == pytest.approx(both)
+    assert noise["single"] == pytest.approx(both + (more.spread() or 0.0))
 
 
 def test_a_difference_counts_only_beyond_two_standard_errors_and_the_spread() -> None:
     low, high = found().best
-    spread = found().spread or 0.0
-    assert low.verdict(spread) == "worse"  # 0.14 against 0.0849 + 0.0539
-    assert low.verdict(0.06) == "within noise"
-    assert high.verdict(spread) == "better" and high.verdict(0.3) == "within noise"
+    assert found().verdict(low) == "worse"  # 0.14 against 0.0849 + 0.0539
+    assert found().verdict(dataclasses.replace(low, value=0.138)) == "within noise"
+    assert found().verdict(dataclasses.replace(low, value=-0.138)) == "within noise"
+    assert found().verdict(high) == "better"
 
 
 def test_the_words_say_which_differences_count_and_how_many_seeds_there_are() -> None:
     words = summary.difference_words(found())
-    assert "beyond noise and better: prime (nelbo_layered) at 2e+12" in words
-    assert "Beyond noise and worse: prime (nelbo_layered) at 1e+12. Within noise: none." in words
-    assert (
-        "Size by size: beyond noise and better: prime (nelbo_layered) at 2e+12. Beyond noise and worse: none" in words
-    )
-    assert "Within noise: prime (nelbo_layered) at 1e+12 (2 sizes)." in words
-    assert "Seeds of both: 1 at 2e+12 FLOPs; 2 at 1e+12 FLOPs." in words
-    assert "prime at 4e+12 FLOPs" in words and "which is 0.0539" in words
+    best, _, sizes = words.partition("Size by size")
+    assert "- better, beyond noise: prime at 2e+12.\n- worse, beyond noise: prime at 1e+12." in best
+    assert "- worse, beyond noise: prime at 1e+12.\n- not told apart: prime at 1e+12.\n" in sizes  # m; s
+    assert "Seeds that both have: 1 at 2e+12 FLOPs; 2 at 1e+12 FLOPs." in words
+    assert "prime at 4e+12 FLOPs" in words and "all families (0.0539)" in words
     single = summary.difference_words(found([one for one in STUDY if one.point.seed == 0]))
     assert "unknown, as no two seeds meet" in single and "accident of one seed" in single
 
@@ -119,7 +122,9 @@ def test_the_tables_hold_differences_and_no_joint_loss() -> None:
     best = summary.best_difference_table(found())
     assert "| 1e+12 | prime | nelbo_layered | s (smallest) | m | +0.1400 (0.0424) | 2 | 0.0283 | worse |" in best
     sizes = summary.size_difference_table(found())
-    assert "| prime | nelbo_layered | m | +0.1500 (0.0424; 2 seeds, 0.0707) | -0.3000 (0.0424) **better** |" in sizes
+    assert (
+        "| prime | nelbo_layered | m | +0.1500 (0.0424; 2 seeds, 0.0707) worse | -0.3000 (0.0424) **better** |" in sizes
+    )
     assert "0.5" not in best + sizes and "joint" not in best + sizes
 
 
