@@ -72,7 +72,7 @@ def main_report(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(configs.to_dict(result), allow_nan=False) for result in results]
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
-    pictures = figures.draw(laws, results, folder)
+    pictures = {path.stem: f"\n\n![{path.stem}]({path.name})" for path in figures.draw(laws, results, compared, folder)}
     frontiers = {
         law.key: fit_frontier(
             law.points, law.surface, law.cost, draws=min(options.draws, SURFACE_DRAWS), seed=options.seed + i
@@ -81,20 +81,19 @@ def main_report(argv: Sequence[str]) -> int:
         if law.surface is not None and law.surface.flaw is None
     }
     sections = [
-        (f"Against {reference}, at equal compute", difference_words(compared)),
+        (f"Against {reference}, at equal compute", difference_words(compared) + pictures.get("difference", "")),
         ("Best size to best size", best_difference_table(compared)),
         ("Size by size", size_difference_table(compared)),
-        ("Best of each budget", best_table(laws, results)),
-        ("Minima of the parabolas", minima_table(laws)),
-        ("Laws of the minima", laws_table(laws)),
+        ("Best of each budget", best_table(laws, results) + pictures["frontier"]),
+        ("Minima of the parabolas", minima_table(laws) + pictures["isoflop"]),
+        ("Laws of the minima", laws_table(laws) + pictures.get("size", "")),
         ("Surface L(N, D) = E + A/N^a + B/D^b", surface_table(laws, options.flops_rule)),
         ("Compute for equal loss", ratio_table(laws, frontiers, reference, options.draws, options.seed)),
     ]
-    if options.predict:
+    if options.predict is not None:
         text = prediction_table(laws, frontiers, options.predict, options.flops_rule)
         sections.append((f"Prediction at {options.predict:.4g} FLOPs", text))
-    sections += [("All points", points_table(results))]
-    sections += [("Figures", "\n\n".join(f"![{path.stem}]({path.name})" for path in pictures))]
+    sections.append(("All points", points_table(results) + pictures.get("bounds", "")))
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections)
     report = folder / "report.md"
     report.write_text(
