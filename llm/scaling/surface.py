@@ -21,6 +21,7 @@ DELTA = 1e-3  # Huber's threshold, in log residuals
 STARTS = 300
 REQUIRED = 3  # starts that must end at the best objective
 REACHED = 1e-3  # relative difference of objectives that counts as the same; other minima of the valley differ by more
+STEEPEST = 5.0  # limit of both exponents
 OFFICIAL_START = (1.69, 400.0, 400.0, 0.34, 0.34)
 
 Method = Literal["converged", "official"]
@@ -44,6 +45,8 @@ class Surface:
         """Why the parameters are not to be trusted."""
         if self.reached < REQUIRED:
             return f"not converged: {self.reached} of {self.starts} starts reached the best objective, {REQUIRED} must"
+        if max(self.size_exponent, self.token_exponent) > 0.99 * STEEPEST:
+            return "an exponent ran to its limit: the data do not determine it"
         smallest = min(self.irreducible, self.size_exponent, self.token_exponent)
         return "a term of the surface vanished: the data do not determine it" if smallest < 1e-3 else None
 
@@ -172,7 +175,7 @@ def _descend(init: Array, log_n: Array, log_d: Array, log_loss: Array) -> tuple[
         value, gradient = huber_objective(theta, log_n, log_d, log_loss)
         return value / DELTA**2, gradient / DELTA**2
 
-    bounds = [(-20, 5), (-40, 10), (-40, 10), (0, 5), (0, 5)]
+    bounds = [(-20, 5), (-40, 10), (-40, 10), (0, STEEPEST), (0, STEEPEST)]
     options = {"maxiter": 3000, "maxfun": 6000, "ftol": 1e-10, "gtol": 1e-6}
     end = optimize.minimize(scaled, init, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return float(end.fun) * DELTA**2, end.x

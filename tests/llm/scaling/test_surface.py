@@ -91,6 +91,13 @@ def test_a_single_start_is_called_not_converged_wherever_it_ends() -> None:
     assert fit.flaw and fit.flaw.startswith("not converged: 1 of 1 starts")
 
 
+def test_an_exponent_at_its_limit_is_a_flaw() -> None:
+    terms = dict(irreducible=2.0, size_scale=1e21, token_scale=90.0, token_exponent=0.3)
+    fit = Surface(**terms, size_exponent=5.0, objective=0.0, starts=9, reached=9)
+    assert fit.flaw == "an exponent ran to its limit: the data do not determine it"
+    assert Surface(**terms, size_exponent=0.3, objective=0.0, starts=9, reached=9).flaw is None
+
+
 def test_the_allocation_is_a_minimum_and_spends_the_budget() -> None:
     surface = Surface(
         irreducible=2.0,
