@@ -6,6 +6,7 @@ sequences, so the standard errors of the two evaluations are combined as if the 
 same, and mostly move both losses together: the standard error of a difference is on the safe side.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -138,7 +139,7 @@ def _difference(
         size=mine[0],
         reference_size=theirs[0],
         value=float(np.mean(values)),
-        standard_error=float(np.hypot(*errors)),
+        standard_error=math.hypot(*errors),
         seeds=len(seeds),
         spread=float(np.std(values, ddof=1)) if len(seeds) > 1 else None,
         edge=edge,
