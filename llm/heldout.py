@@ -6,7 +6,7 @@ and every evaluation of a run sees the same masks: differences between them are 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,19 @@ from llm.data.shards import TokenDataset
 from llm.diffusion import likelihood
 from llm.diffusion.likelihood import Draws, Estimate, JointLoss
 from llm.generate import Language
+
+
+class Blocks(Protocol):
+    """What a model is judged on: a `TokenDataset`, or other blocks of tokens in its manner."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def bytes_per_token(self) -> float: ...
+
+    def blocks(self, indices: np.ndarray) -> Tensor:
+        """int64 [n, L]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +52,7 @@ class Result:
         }
 
 
-def heldout_blocks(dataset: TokenDataset, limit: int | None) -> np.ndarray:
+def heldout_blocks(dataset: Blocks, limit: int | None) -> np.ndarray:
     """int64 [N]: indices of at most `limit` blocks, spread evenly over the split."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return np.arange(count, dtype=np.int64) * len(dataset) // count
@@ -48,7 +61,7 @@ def heldout_blocks(dataset: TokenDataset, limit: int | None) -> np.ndarray:
 def evaluate_bounds(
     model: nn.Module,
     language: Language,
-    dataset: TokenDataset,
+    dataset: Blocks,
     blocks: np.ndarray,
     names: Sequence[str],
     config: EvaluationConfig,

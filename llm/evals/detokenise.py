@@ -1,4 +1,4 @@
-"""The detokenisers of published zero-shot perplexities: tokenised corpora as text, the way MDLM's evaluation reads them.
+"""The detokenisers of published zero-shot perplexities: tokenised corpora as text, as MDLM's evaluation reads them.
 
 Ordered lists of replacements, kept with all their oddities (MDLM, arXiv 2406.07524, repository kuleshov-group/mdlm,
 `dataloader.py`; the one of WikiText is Megatron-LM's): WikiText turns a lone "N" into "1", for example, and so do the
