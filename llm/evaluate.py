@@ -21,9 +21,9 @@ from launch.local import run_local
 from launch.runtime import Runtime
 from launch.stop import EXIT_OK
 from llm.config import EvaluationConfig
-from llm.data.shards import Split, TokenDataset, read_manifest
+from llm.data.shards import Split, TokenDataset
 from llm.diffusion.likelihood import Estimate, Order
-from llm.heldout import Blocks, evaluate_bounds, heldout_blocks, unigram_nats
+from llm.heldout import Blocks, evaluate_bounds, heldout_blocks, unigram_baseline
 from llm.pretrained import Pretrained, load_pretrained
 
 BOUNDS = ("nelbo_token", "nelbo_subtoken", "nelbo_layered", "nelbo_steps", "nll_chain", "loss_ce_joint")
@@ -272,17 +272,6 @@ def record_estimates(
         with (run / RECORD).open("a") as record:
             record.writelines(f"{json.dumps(row)}\n" for row in rows)
     return rows
-
-
-def unigram_baseline(train: Path, heldout: TokenDataset, limit: int | None) -> float | None:
-    """`unigram_nats` by the data set in folder `train`; None if it has no training split of the same tokenizer here."""
-    if not (train / "manifest.json").exists():
-        return None
-    manifest = read_manifest(train)
-    if manifest.tokenizer_sha256 != heldout.manifest.tokenizer_sha256 or not manifest.splits["train"]:
-        return None
-    counted = TokenDataset.open(train, "train", heldout.block_length)
-    return unigram_nats(counted, heldout, heldout_blocks(heldout, limit))
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ and every evaluation of a run sees the same masks: differences between them are 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from launch.random import stream_key, uniform
 from launch.runtime import Runtime
 from llm.config import EvaluationConfig
-from llm.data.shards import TokenDataset
+from llm.data.shards import TokenDataset, read_manifest
 from llm.diffusion import likelihood
 from llm.diffusion.likelihood import Draws, Estimate, JointLoss
 from llm.generate import Language
@@ -107,6 +108,17 @@ def unigram_nats(train: TokenDataset, heldout: TokenDataset, blocks: np.ndarray)
     log_probs = np.log(counts) - np.log(counts.sum())
     seen = np.bincount(heldout.blocks(blocks).flatten().numpy(), minlength=len(counts))
     return float(-(seen * log_probs).sum() / seen.sum())
+
+
+def unigram_baseline(train: Path, heldout: TokenDataset, limit: int | None) -> float | None:
+    """`unigram_nats` by the data set in folder `train`; None if it has no training split of the same tokenizer here."""
+    if not (train / "manifest.json").exists():
+        return None
+    manifest = read_manifest(train)
+    if manifest.tokenizer_sha256 != heldout.manifest.tokenizer_sha256 or not manifest.splits["train"]:
+        return None
+    counted = TokenDataset.open(train, "train", heldout.block_length)
+    return unigram_nats(counted, heldout, heldout_blocks(heldout, limit))
 
 
 def _evaluate(

