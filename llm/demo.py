@@ -127,7 +127,8 @@ def _summary(name: str, run: Path) -> dict[str, Any]:
     )
     shown = dataclasses.replace(samples, tokens=samples.tokens[:3])
     write_samples(run / "demo-samples.md", shown, loaded.tokenizer, language=loaded.language)
-    estimates = {row["estimate"]: row for row in map(json.loads, (run / RECORD).read_text().splitlines())}
+    record = map(json.loads, (run / RECORD).read_text().splitlines())
+    estimates = {row["estimate"]: row for row in record if "set" not in row}  # on held-out text, the newest of each
     valid = {n: row for n, row in estimates.items() if "ppl" in row}
     best = min(valid, key=lambda n: valid[n][n])
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in row]

@@ -6,7 +6,8 @@ and every evaluation of a run sees the same masks: differences between them are 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +16,23 @@ from torch import Tensor, nn
 from launch.random import stream_key, uniform
 from launch.runtime import Runtime
 from llm.config import EvaluationConfig
-from llm.data.shards import TokenDataset
+from llm.data.shards import TokenDataset, read_manifest
 from llm.diffusion import likelihood
 from llm.diffusion.likelihood import Draws, Estimate, JointLoss
 from llm.generate import Language
+
+
+class Blocks(Protocol):
+    """What a model is judged on: a `TokenDataset`, or other blocks of tokens in its manner."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def bytes_per_token(self) -> float: ...
+
+    def blocks(self, indices: np.ndarray) -> Tensor:
+        """int64 [n, L]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +53,7 @@ class Result:
         }
 
 
-def heldout_blocks(dataset: TokenDataset, limit: int | None) -> np.ndarray:
+def heldout_blocks(dataset: Blocks, limit: int | None) -> np.ndarray:
     """int64 [N]: indices of at most `limit` blocks, spread evenly over the split."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return np.arange(count, dtype=np.int64) * len(dataset) // count
@@ -48,7 +62,7 @@ def heldout_blocks(dataset: TokenDataset, limit: int | None) -> np.ndarray:
 def evaluate_bounds(
     model: nn.Module,
     language: Language,
-    dataset: TokenDataset,
+    dataset: Blocks,
     blocks: np.ndarray,
     names: Sequence[str],
     config: EvaluationConfig,
@@ -94,6 +108,17 @@ def unigram_nats(train: TokenDataset, heldout: TokenDataset, blocks: np.ndarray)
     log_probs = np.log(counts) - np.log(counts.sum())
     seen = np.bincount(heldout.blocks(blocks).flatten().numpy(), minlength=len(counts))
     return float(-(seen * log_probs).sum() / seen.sum())
+
+
+def unigram_baseline(train: Path, heldout: TokenDataset, limit: int | None) -> float | None:
+    """`unigram_nats` by the data set in folder `train`; None if it has no training split of the same tokenizer here."""
+    if not (train / "manifest.json").exists():
+        return None
+    manifest = read_manifest(train)
+    if manifest.tokenizer_sha256 != heldout.manifest.tokenizer_sha256 or not manifest.splits["train"]:
+        return None
+    counted = TokenDataset.open(train, "train", heldout.block_length)
+    return unigram_nats(counted, heldout, heldout_blocks(heldout, limit))
 
 
 def _evaluate(

@@ -153,7 +153,8 @@ def _read_parquet(file: Path, text_field: str, advance: Callable[[int], object])
     table = pyarrow.parquet.ParquetFile(file)
     if text_field not in table.schema_arrow.names:
         raise DataError(
-            f"{file} has no column {text_field!r}, only {', '.join(table.schema_arrow.names)}; see --text-field"
+            f"{file} has no column {text_field!r}, only {', '.join(table.schema_arrow.names)}; rename it, or name "
+            "another with --text-field of `unmask data prepare`"
         )
     size = file.stat().st_size
     for group in range(table.num_row_groups):
@@ -177,7 +178,10 @@ def _read_datasets(name: str, text_field: str) -> Iterator[Document]:
 def _field(record: Any, text_field: str, where: str) -> str:
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         has = f"the fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where} has no text in field {text_field!r} (it has {has}); name the field with --text-field")
+        raise DataError(
+            f"{where} has no text in field {text_field!r} (it has {has}); rename the field, or name another with "
+            "--text-field of `unmask data prepare`"
+        )
     return record[text_field]
 
 

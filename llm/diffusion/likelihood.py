@@ -118,6 +118,10 @@ class Estimate:
         """To first order."""
         return self.ppl * self.standard_error / self.num_tokens
 
+    def ppl_per_word(self, num_words: float) -> float:
+        """Comparable between tokenizers that share the words. num_words: behind the tokens; inf beyond float64."""
+        return float(torch.tensor(self.nats / num_words, dtype=torch.float64).exp())
+
     def bits_per_byte(self, num_bytes: int) -> float:
         """Comparable between tokenizers. num_bytes: of the UTF-8 text behind the tokens."""
         return self.nats / math.log(2.0) / num_bytes

@@ -14,7 +14,7 @@ import numpy as np
 
 from launch import random
 from launch.errors import DataError
-from llm.scaling.isoflop import Array, IsoFlop, Points, fit_isoflop
+from llm.scaling.isoflop import FEWEST, Array, IsoFlop, Points, fit_isoflop
 from llm.scaling.surface import Surface, allocate, fit_surface, flops_for
 
 Kind = Literal["parametric", "case"]
@@ -38,7 +38,7 @@ class Ratio:
     flops: float
     loss: float
     ratio: Interval
-    extrapolated: bool  # the loss lies outside the measured minima of A or B
+    extrapolated: bool  # the loss lies outside the measured minima of A or B, or an optimal size outside their sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +150,13 @@ def frontier_ratio(a: Frontier, b: Frontier, flops: float) -> Ratio:
     pairs = zip(a.replicates, b.replicates, strict=True)
     ratios = [flops_for(of_b, allocate(of_a, flops, a.cost).loss, b.cost) / flops for of_a, of_b in pairs]
     extrapolated = _is_outside(loss, fit_isoflop(a.points), fit_isoflop(b.points))
+    for one, spent in ((a, flops), (b, estimate * flops)):
+        sizes = one.points.parameters
+        if (
+            not np.isfinite(spent)
+            or not sizes.min() <= allocate(one.surface, spent, one.cost).parameters <= sizes.max()
+        ):
+            extrapolated = True
     return Ratio(flops=flops, loss=loss, ratio=interval(estimate, np.array(ratios)), extrapolated=extrapolated)
 
 
@@ -161,7 +168,10 @@ def compute_ratio(a: Points, b: Points, flops: float, *, draws: int, seed: int, 
     """
     fits = fit_isoflop(a), fit_isoflop(b)
     if fits[0].loss is None or fits[1].loss is None:
-        raise DataError("a ratio of compute needs a minimum at two budgets or more of both families; train more sizes")
+        raise DataError(
+            f"a ratio of compute needs minima inside the measured sizes at {FEWEST} budgets of both families; "
+            "train more sizes"
+        )
     loss = fits[0].loss(flops)
 
     def laws(points: Points) -> Array:

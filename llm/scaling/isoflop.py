@@ -6,7 +6,7 @@ against tokens, so their loss has a minimum; where it lies, as a function of the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from llm.diffusion.likelihood import ValidName
 
 Array = NDArray[np.float64]
+Flaw = Literal["extrapolated", "not convex"]
+FEWEST = 3  # sizes of a parabola, and minima of a power law: through fewer, every curve is perfect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +42,14 @@ class Points:
 
 @dataclass(frozen=True, kw_only=True)
 class Parabola:
-    """loss = c2 x^2 + c1 x + c0 with x = log10 N, and its minimum."""
+    """loss = c2 x^2 + c1 x + c0 with x = log10 N, and its minimum, which is sound if it lies inside the measured N."""
 
     budget: float
     coefficients: tuple[float, float, float]  # c2, c1, c0
     parameters: float  # N_opt; nan if the parabola is not convex
     tokens: float  # D_opt, by interpolation of log D in log N between the measured models
     loss: float  # at the minimum
-    flaw: str | None  # why the minimum is not to be trusted
+    flaw: Flaw | None  # why the minimum is not to be trusted
 
     def __call__(self, parameters: Array) -> Array:
         return np.polyval(self.coefficients, np.log10(parameters)).astype(np.float64)
@@ -70,7 +72,7 @@ class PowerLaw:
 
 @dataclass(frozen=True, kw_only=True)
 class IsoFlop:
-    """All parabolas of a family, and power laws of the budget C through those without flaw (None for fewer than 2)."""
+    """All parabolas of a family, and power laws of the budget C through those without flaw (None for fewer than 3)."""
 
     estimate: str
     parabolas: tuple[Parabola, ...]  # by budget; budgets of fewer than 3 sizes have none
@@ -83,25 +85,23 @@ class IsoFlop:
         return tuple(parabola for parabola in self.parabolas if parabola.flaw is None)
 
 
-def fit_parabola(
-    parameters: Array, tokens: Array, loss: Array, *, budget: float, weights: Array | None = None
-) -> Parabola:
-    """Least squares over at least 3 sizes; `weights` multiply squared residuals, for example 1 / standard error^2."""
-    if len(np.unique(parameters)) < 3:
-        raise ValueError(f"a parabola needs 3 sizes, budget {budget:.3g} has {len(np.unique(parameters))}")
+def fit_parabola(parameters: Array, tokens: Array, loss: Array, *, budget: float) -> Parabola:
+    """Least squares over at least 3 sizes."""
+    if len(np.unique(parameters)) < FEWEST:
+        raise ValueError(f"a parabola needs {FEWEST} sizes, budget {budget:.3g} has {len(np.unique(parameters))}")
     x = np.log10(parameters)
     centre = x.mean()  # powers of centred values: log10 N is about 8, so its own are nearly collinear
-    root = np.ones_like(x) if weights is None else np.sqrt(weights)
     design = np.stack([(x - centre) ** 2, x - centre, np.ones_like(x)], axis=1)
-    c2, c1, c0 = (float(c) for c in np.linalg.lstsq(design * root[:, None], loss * root, rcond=None)[0])
+    c2, c1, c0 = (float(c) for c in np.linalg.lstsq(design, loss, rcond=None)[0])
     coefficients = (c2, c1 - 2 * c2 * centre, c0 - c1 * centre + c2 * centre**2)
     if c2 <= 0:
         nan = float("nan")
-        flaw = "not convex"
-        return Parabola(budget=budget, coefficients=coefficients, parameters=nan, tokens=nan, loss=nan, flaw=flaw)
+        return Parabola(
+            budget=budget, coefficients=coefficients, parameters=nan, tokens=nan, loss=nan, flaw="not convex"
+        )
     lowest = centre - c1 / (2 * c2)
     order = np.argsort(x)
-    flaw = None if x.min() <= lowest <= x.max() else "minimum outside the measured sizes"
+    flaw = None if x.min() <= lowest <= x.max() else "extrapolated"
     return Parabola(
         budget=budget,
         coefficients=coefficients,
@@ -120,26 +120,19 @@ def fit_power_law(x: Array, y: Array) -> PowerLaw:
     return PowerLaw(coefficient=float(np.exp(log_y.mean() - exponent * log_x.mean())), exponent=exponent)
 
 
-def fit_isoflop(points: Points, *, weighted: bool = False) -> IsoFlop:
-    """One parabola for every budget with at least 3 sizes. `weighted`: by 1 / standard error^2."""
+def fit_isoflop(points: Points) -> IsoFlop:
+    """One parabola for every budget with at least 3 sizes."""
     parabolas = []
     for budget in np.unique(points.budgets):
         rows = points.budgets == budget
-        if len(np.unique(points.parameters[rows])) >= 3:
-            weights = points.standard_error[rows] ** -2.0 if weighted else None
+        if len(np.unique(points.parameters[rows])) >= FEWEST:
             parabolas.append(
-                fit_parabola(
-                    points.parameters[rows],
-                    points.tokens[rows],
-                    points.loss[rows],
-                    budget=float(budget),
-                    weights=weights,
-                )
+                fit_parabola(points.parameters[rows], points.tokens[rows], points.loss[rows], budget=float(budget))
             )
     sound = [parabola for parabola in parabolas if parabola.flaw is None]
 
     def law(value: Callable[[Parabola], float]) -> PowerLaw | None:
-        if len(sound) < 2:
+        if len(sound) < FEWEST:
             return None
         return fit_power_law(np.array([p.budget for p in sound]), np.array([value(p) for p in sound]))
 

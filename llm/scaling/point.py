@@ -16,6 +16,7 @@ from llm.diffusion.likelihood import ValidName
 
 FACTS = "point.json"  # beside the result: which point it is, and what decides its result
 RESULT = "result.json"
+COSTLY = ("nll_chain", "nelbo_steps")  # bounds of a forward for every token or sampler step: on fewer sequences
 HASH = "config_hash"  # in result.json, beside the result: of the configuration that made it
 
 
@@ -53,6 +54,7 @@ class Result:
     joint: Estimated | None = None  # loss_ce_joint: no bound, no perplexity; for comparison with published losses
     bytes_per_token: float  # of the held-out text, to turn nats per token into bits per byte
     seconds: float  # wall time of training, over all restarts
+    steps: int  # of training
 
     def __post_init__(self) -> None:
         for name in self.estimates:
@@ -71,6 +73,8 @@ def read_result(path: Path) -> Result:
     """The result in `path`; `DataError` if it is damaged or claims a likelihood that is none."""
     tree = _read(path)
     tree.pop(HASH, None)
+    if "steps" not in tree and (path.parent / FACTS).exists():  # results did not always hold it
+        tree["steps"] = read_facts(path.parent)["identity"]["train.steps"]
     try:
         return configs.from_dict(Result, tree, source=str(path))
     except (ConfigError, TypeError) as error:

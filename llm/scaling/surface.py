@@ -21,6 +21,7 @@ DELTA = 1e-3  # Huber's threshold, in log residuals
 STARTS = 300
 REQUIRED = 3  # starts that must end at the best objective
 REACHED = 1e-3  # relative difference of objectives that counts as the same; other minima of the valley differ by more
+STEEPEST = 5.0  # limit of both exponents
 OFFICIAL_START = (1.69, 400.0, 400.0, 0.34, 0.34)
 
 Method = Literal["converged", "official"]
@@ -38,13 +39,14 @@ class Surface:
     objective: float  # sum of Huber losses
     starts: int
     reached: int  # starts that ended at the best objective
-    steepness: float  # largest derivative in log E, log A, log B, a, b, relative to the objective
 
     @property
     def flaw(self) -> str | None:
         """Why the parameters are not to be trusted."""
         if self.reached < REQUIRED:
             return f"not converged: {self.reached} of {self.starts} starts reached the best objective, {REQUIRED} must"
+        if max(self.size_exponent, self.token_exponent) > 0.99 * STEEPEST:
+            return "an exponent ran to its limit: the data do not determine it"
         smallest = min(self.irreducible, self.size_exponent, self.token_exponent)
         return "a term of the surface vanished: the data do not determine it" if smallest < 1e-3 else None
 
@@ -79,8 +81,6 @@ def fit_surface(
     best_value, best = ends[int(objectives.argmin())]
     e, u, v, a, b = best
     log_a, log_b = u + a * centre[0], v + b * centre[1]
-    theta = np.array([e, log_a, log_b, a, b])
-    _, gradient = huber_objective(theta, np.log(parameters), np.log(tokens), np.log(loss))
     return Surface(
         irreducible=float(np.exp(e)),
         size_scale=float(np.exp(log_a)),
@@ -90,7 +90,6 @@ def fit_surface(
         objective=float(best_value),
         starts=len(ends),
         reached=int((objectives <= best_value * (1 + REACHED) + 1e-12).sum()),
-        steepness=float(np.abs(gradient).max() / max(best_value, 1e-300)),
     )
 
 
@@ -176,7 +175,7 @@ def _descend(init: Array, log_n: Array, log_d: Array, log_loss: Array) -> tuple[
         value, gradient = huber_objective(theta, log_n, log_d, log_loss)
         return value / DELTA**2, gradient / DELTA**2
 
-    bounds = [(-20, 5), (-40, 10), (-40, 10), (0, 5), (0, 5)]
+    bounds = [(-20, 5), (-40, 10), (-40, 10), (0, STEEPEST), (0, STEEPEST)]
     options = {"maxiter": 3000, "maxfun": 6000, "ftol": 1e-10, "gtol": 1e-6}
     end = optimize.minimize(scaled, init, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return float(end.fun) * DELTA**2, end.x
@@ -192,15 +191,13 @@ def _fit_official(parameters: Array, tokens: Array, loss: Array) -> Surface:
         return huber_objective(logs(x), log_n, log_d, log_loss)[0]
 
     end = optimize.minimize(objective, OFFICIAL_START, method="L-BFGS-B")
-    value, gradient = huber_objective(logs(end.x), log_n, log_d, log_loss)
     return Surface(
         irreducible=float(end.x[0]),
         size_scale=float(end.x[1]),
         token_scale=float(end.x[2]),
         size_exponent=float(end.x[3]),
         token_exponent=float(end.x[4]),
-        objective=value,
+        objective=objective(end.x),
         starts=1,
         reached=1,
-        steepness=float(np.abs(gradient).max() / value),
     )

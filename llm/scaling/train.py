@@ -24,11 +24,9 @@ from llm.config import LanguageConfig
 from llm.diffusion.likelihood import JointLoss
 from llm.heldout import Result as Heldout
 from llm.heldout import evaluate_bounds, heldout_blocks
-from llm.scaling.point import FACTS, RESULT, Estimated, Point, Result, read_facts, write_result
+from llm.scaling.point import COSTLY, FACTS, RESULT, Estimated, Point, Result, read_facts, write_result
 from llm.scaling.study import write_failure
 from llm.task import LanguageTask
-
-COSTLY = ("nll_chain", "nelbo_steps")  # a forward for every token or sampler step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +91,7 @@ class PointTask(LanguageTask):
             joint=joint,
             bytes_per_token=bytes_per_token,
             seconds=_seconds(folder),
+            steps=self.config.train.steps,
         )
         write_result(folder, result, config_hash=facts["config_hash"])
 

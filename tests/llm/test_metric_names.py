@@ -7,11 +7,13 @@ cross-entropy is replaced by an absurd value, which may show under its own name 
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,25 +23,37 @@ from launch.errors import ConfigError
 from launch.metrics import check_name, read_metrics
 from launch.report import write_report
 from launch.runtime import Runtime
-from llm import export
+from llm import demo, export
 from llm.config import LanguageConfig
 from llm.diffusion import likelihood, objective
 from llm.diffusion.likelihood import Estimate, JointLoss, ValidName
 from llm.evals.harness import HarnessModel
+from llm.evals.report import format_table as format_tasks
+from llm.evals.run import run_tasks
 from llm.evals.scoring import ScoringConfig
 from llm.evaluate import BOUNDS, RECORD, format_table
 from llm.evaluate import main as evaluate
+from llm.scaling import report as scaling
 from llm.scaling import train as point_training
-from llm.scaling.point import Estimated, Point, Result
+from llm.scaling.point import Estimated, Point, Result, write_result
 from llm.task import LanguageTask
 from tests.llm.evals.oracles import tiny as tiny_scorable
+from tests.llm.evals.questions import choice_task, last_word_task, rolling_task, selection
 from tests.runs import Tiny, train
 
 CPU = torch.device("cpu")
 ABSURD = 600.0  # nats per token; no model of 300 tokens that exists comes near, in nats, bits or anything else
 SPEAKS_OF_LIKELIHOOD = re.compile(r"ppl|perplex|nll|nelbo|bits|likelihood|elbo", re.IGNORECASE)
+NUMBER = re.compile(
+    rf"(?:(?:{'|'.join(get_args(ValidName))}) )?(-?\d[\d,.]*(?:e[+-]\d+)?)"
+)  # with its estimate or alone
 VALID = re.compile(rf"(?:val/)?(?:{'|'.join(get_args(ValidName))})(?:_se|_bits_per_byte)?(?:/[\w-]+)?")
 
+ESTIMATORS = (
+    ("ar", "nll_ar"),
+    ("mdm", "nelbo_token"),
+    *(("prime", name) for name in ("nelbo_token", "nelbo_subtoken", "nll_chain", "ce_joint")),
+)
 OBJECTIVES = ("ce_joint", "nelbo_token", "nelbo_subtoken", "nelbo_layered", "nelbo_subtoken+nelbo_token")
 PUBLISHED = ("", "carry_over_train=false", "paper_compat=true")
 
@@ -74,9 +88,12 @@ def assert_truthful(tree: Any) -> set[str]:
             continue
         assert not any("joint" in key for key in path), path
         for key in spoken:
-            of_an_estimate = key in ("ppl", "ppl_se") and holder.get("estimate") in get_args(ValidName)
+            of_an_estimate = key in ("ppl", "ppl_se", "ppl_per_word") and holder.get("estimate") in get_args(ValidName)
             assert VALID.fullmatch(key) or of_an_estimate, path
-        assert not number > (1e6 if "ppl" in spoken[-1] else ABSURD / 3), f"{path}: {number} comes from the joint loss"
+        largest = {"ppl": 1e6, "ppl_se": 1e6, "ppl_per_word": 1e100}.get(
+            spoken[-1], ABSURD / 3
+        )  # words: several tokens
+        assert not number > largest, f"{path}: {number} comes from the joint loss"
         found |= set(spoken)
     return found
 
@@ -95,11 +112,18 @@ def assert_truthful_tables(text: str) -> int:
             continue
         row = " ".join(cell for cell in cells if not re.match(r"[-\d(]", cell))
         for column, cell in zip(header, cells, strict=True):
-            if re.match(r"-?\d", cell):
+            if number := NUMBER.match(cell):
                 checked += 1
-                if SPEAKS_OF_LIKELIHOOD.search(column) and "no bound" not in column:
-                    assert "joint" not in row + column, line
+                is_joint = re.search(r"joint.*no (bound|likelihood)", column)
+                if SPEAKS_OF_LIKELIHOOD.search(column) and not is_joint:
+                    assert "joint" not in column and "loss_ce_joint" not in row, line
                     assert any(name in row + column for name in (*get_args(ValidName), "exact NLL")), line
+                    value = float(number[1].replace(",", ""))
+                    assert value < (1e6 if "ppl" in column else ABSURD / 3), (
+                        f"{line}: {value} comes from the joint loss"
+                    )
+                elif not is_joint and "loss_ce_joint" not in row:
+                    assert f"{ABSURD:.2f}" not in cell and "loss_ce_joint" not in column, line
     return checked
 
 
@@ -239,7 +263,98 @@ def test_a_point_of_a_scaling_study_keeps_the_joint_loss_apart(
     assert result["joint"]["nats_per_token"] == pytest.approx(ABSURD)
     joint = Estimated(nats_per_token=1.0, standard_error=0.0, estimator="E2", draws=1)
     with pytest.raises(TypeError, match="not a likelihood"):
-        Result(point=point, estimates={"loss_ce_joint": joint}, bytes_per_token=1.0, seconds=1.0)
+        Result(point=point, estimates={"loss_ce_joint": joint}, bytes_per_token=1.0, seconds=1.0, steps=1)
+
+
+def test_tables_files_and_figures_of_a_scaling_study_keep_the_joint_loss_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = [name for name in get_args(ValidName) if name != "nll_ar"]
+    families = {"arm": ["nll_ar"], "mdm": ["nelbo_token", "nll_chain"]}
+    families |= {f"prime_{terms.replace('+', '_')}": every for terms in OBJECTIVES}
+    study = tmp_path / "study"
+    for (i, family), size, budget in itertools.product(enumerate(families), (1, 2, 4), (1e9, 2e9, 4e9)):
+        name = f"{family}/w{size}-{budget:.0e}-s0"
+        point = Point(
+            name=name,
+            family=family,
+            size=f"w{size}",
+            seed=0,
+            budget=budget,
+            parameters=1000 * size,
+            tokens=int(budget / 6000 / size),
+            flops=budget,
+            flops_6nd=budget,
+        )
+        nats = 3 - 0.1 * np.log(budget / 1e9) + 0.1 * np.log(size / 2) ** 2 + 0.05 * i
+        valid = Estimated(nats_per_token=nats, standard_error=0.01, estimator="E2", draws=2)
+        joint = replace(valid, nats_per_token=ABSURD) if family.startswith("prime") else None
+        estimates = dict.fromkeys(families[family], valid)
+        result = Result(point=point, estimates=estimates, joint=joint, bytes_per_token=1.5, seconds=1.0, steps=10)
+        write_result(study / name, result, config_hash="")
+    arguments = [str(study), "--draws", "4", "--method", "official"]  # one start is enough for names
+    assert scaling.main_fit(arguments) == 0
+    assert scaling.main_report([*arguments, "--predict", "8e9"]) == 0
+    assert_truthful_tables(capsys.readouterr().out)
+    text = (study / "report" / "report.md").read_text()
+    assert assert_truthful_tables(text) > 800 and text.count(f"| {ABSURD:.4f}") == 9 * len(OBJECTIVES)
+    assert_truthful(json.loads((study / "fit.json").read_text()))
+    for line in (study / "report" / "results.jsonl").read_text().splitlines():
+        assert assert_truthful(json.loads(line)) <= {*every, "nll_ar"}
+    for figure in study.glob("report/*.svg"):
+        spoken = [text for text in re.findall(r">([^<>]*loss_ce_joint[^<>]*)<", figure.read_text())]
+        assert bool(spoken) == (figure.stem == "bounds")
+
+
+@pytest.mark.parametrize(("family", "estimator"), ESTIMATORS)
+def test_results_of_tasks_hold_perplexities_only_under_estimators_of_a_likelihood(
+    alone: Runtime, family: Any, estimator: Any
+) -> None:
+    tasks = choice_task("animals", 4), last_word_task("word", 2), rolling_task("texts", 2)
+    scoring = ScoringConfig(estimator=estimator, draws=2)
+    asked: set[str] = set()
+    for task in tasks:
+        model: Any = HarnessModel(tiny_scorable(family), scoring)  # pyright: ignore
+        if estimator == "ce_joint" and task is not tasks[0]:
+            with pytest.raises(ConfigError, match="bounds none"):
+                run_tasks(model, selection(task), alone)
+            continue
+        results = run_tasks(model, selection(task), alone)
+        named = model.get_model_info()["scoring"]["estimator"]
+        results["unmask"] = {
+            "name": family,
+            "scoring": model.get_model_info()["scoring"],
+            "chance": {},
+            "unigram": {"source": "nothing", "results": {}},
+            "suites": {},
+        }
+        table = format_tasks([results])
+        assert f"{family}: {named}, " in table
+        text = json.dumps({key: value for key, value in results.items() if key != "samples"}, default=str)
+        keys = {key for path, _, _ in numbers(json.loads(text)) for key in path}
+        spoken = {key for key in keys if SPEAKS_OF_LIKELIHOOD.search(key)}
+        rows = [line for line in table.splitlines() if line.startswith("|") and SPEAKS_OF_LIKELIHOOD.search(line)]
+        assert bool(rows) == bool({key for key in spoken if ",none" in key})
+        if spoken:
+            assert named in get_args(ValidName), spoken
+        asked |= spoken
+    assert any("perplexity" in key for key in asked) == (estimator != "ce_joint")
+
+
+def test_the_table_of_the_demo_has_the_joint_loss_in_its_own_column(
+    runs: dict[str, Path], absurd: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {"arm": runs["ar"], "mdm": runs["mdm"], "prime": runs["prime"]}
+    rows = []
+    for name, folder in folders.items():
+        run = Path(shutil.copytree(folder, tmp_path / name))
+        assert evaluate([str(run), "--sequences", "2"]) == 0
+        rows.append(demo._summary(name, run))
+    capsys.readouterr()
+    assert all(row["bound"] < ABSURD / 3 for row in rows)
+    assert not any("joint" in key for row in rows for key in row["curves"])
+    table = demo.format_table(rows)
+    assert assert_truthful_tables(table) > 15 and table.count(f"{ABSURD:.3f}") == 1
 
 
 def test_the_harness_model_calls_the_joint_score_a_score_and_refuses_to_sum_it_up() -> None:
@@ -281,6 +396,9 @@ def test_the_walk_notices_what_it_is_there_for() -> None:
     for table in (
         "| run | estimate | ppl |\n|---|---|---|\n| a | loss_ce_joint | 12.0 |",
         "| run | ppl |\n|-|-|\n| a | 3 |",
+        "| run | loss |\n|-|-|\n| a | 600.0000 |",
+        "| run | loss_ce_joint |\n|-|-|\n| a | 3 |",
+        "| model | best valid: ppl |\n|-|-|\n| a | nelbo_token 3.8e+260 (0.1) |",
     ):
         with pytest.raises(AssertionError):
             assert_truthful_tables(table)

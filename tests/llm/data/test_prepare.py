@@ -134,7 +134,7 @@ def test_what_cannot_be_prepared_is_named_and_leaves_nothing(tmp_path: Path, tok
     pyarrow.parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "t.parquet")
     fails(r"bad.jsonl, line 2 is not JSON", "bad.jsonl")
     fails(
-        r"line 1 has no text in field 'text' \(it has the fields body\); name the field with --text-field",
+        r"line 1 has no text in field 'text' \(it has the fields body\); rename the field, or .* --text-field",
         "other.jsonl",
     )
     fails(r"no column 'text', only body", "t.parquet")

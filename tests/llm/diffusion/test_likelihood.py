@@ -495,6 +495,8 @@ def test_a_bound_carries_its_perplexity_bits_and_errors():
     assert isinstance(result, Estimate)
     assert result.nats == 6.0 and result.num_tokens == 6 and result.draws == 2
     assert result.ppl == pytest.approx(math.e)
+    assert result.ppl_per_word(3) == pytest.approx(math.exp(2))
+    assert result.ppl_per_word(0.001) == math.inf
     assert result.bits_per_byte(24) == pytest.approx(0.25 / math.log(2))
     assert result.standard_error == pytest.approx(0.0)  # both sequences cost one nat a token
     assert result.monte_carlo_error == pytest.approx(math.sqrt(2.0 / 2 + 8.0 / 2))
@@ -533,7 +535,7 @@ def test_the_joint_loss_can_never_be_exported_as_a_perplexity():
     draws = likelihood.loss_ce_joint(backbone, tokens, codec, counter_noise(3), draws=2)
     result = draws.estimate()
     assert isinstance(result, JointLoss) and result.loss_per_token > 0
-    for name in ("ppl", "bits_per_byte", "nats_per_token", "nats"):
+    for name in ("ppl", "ppl_per_word", "bits_per_byte", "nats_per_token", "nats"):
         with pytest.raises(AttributeError):
             getattr(result, name)
         with pytest.raises(AttributeError):

@@ -51,7 +51,6 @@ def known_surface(e: float, size: float, token: float, a: float, b: float) -> Su
         objective=0.0,
         starts=3,
         reached=3,
-        steepness=0.0,
     )
 
 
@@ -149,7 +148,7 @@ def test_a_family_of_one_budget_has_no_ratio() -> None:
     points = synthetic(0.001, 1)
     fields = ("budgets", "parameters", "tokens", "flops", "loss", "standard_error")
     one = dataclasses.replace(points, **{name: getattr(points, name)[:7] for name in fields})
-    with pytest.raises(DataError, match="two budgets"):
+    with pytest.raises(DataError, match="at 3 budgets"):
         compute_ratio(points, one, 1e18, draws=4, seed=0)
 
 

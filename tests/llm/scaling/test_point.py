@@ -21,7 +21,9 @@ POINT = Point(
     flops_6nd=12288000.0,
 )
 ESTIMATED = Estimated(nats_per_token=2.5, standard_error=0.01, estimator="E2", draws=2)
-RESULT = Result(point=POINT, estimates={"nelbo_token": ESTIMATED}, joint=ESTIMATED, bytes_per_token=1.9, seconds=3.5)
+RESULT = Result(
+    point=POINT, estimates={"nelbo_token": ESTIMATED}, joint=ESTIMATED, bytes_per_token=1.9, seconds=3.5, steps=4
+)
 
 
 def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:

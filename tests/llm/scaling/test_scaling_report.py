@@ -43,6 +43,7 @@ def result(family: str, size: str, budget: float, *, seed: int = 0, valid: tuple
         joint=estimated(loss - 2) if joint else None,
         bytes_per_token=4.0,
         seconds=1.0,
+        steps=100,
     )
 
 
@@ -83,7 +84,7 @@ def test_the_report_has_tables_of_everything_and_all_figures(reported: Path) -> 
     text = (reported / "report.md").read_text()
     for title in ("Laws", "Surface", "Compute for equal loss", "Prediction at 4e+15", "Best of each", "All points"):
         assert f"## {title}" in text
-    for name in ("isoflop", "frontier", "size", "bounds"):
+    for name in ("difference", "isoflop", "frontier", "size", "bounds"):
         assert f"![{name}]({name}.png)" in text
         assert (reported / f"{name}.png").stat().st_size > 5000 and (reported / f"{name}.svg").exists()
     assert len(re.findall(r"^\| (arm|prime|few)/", text, re.M)) == len(whole_study())
@@ -91,8 +92,11 @@ def test_the_report_has_tables_of_everything_and_all_figures(reported: Path) -> 
 
 def test_the_report_says_which_family_has_too_few_points(reported: Path) -> None:
     text = (reported / "report.md").read_text()
-    assert "few, nelbo_token: 4e+14 FLOPs: fewer than 3 sizes, no curve" in text
-    assert "| few | nelbo_token | - | - | - | too few points |" in text
+    assert "| few | nelbo_token | 4e+14 | 1 | - | - | - | 1 of 3 sizes, no curve |" in text
+    assert "no surface: 1 of 3 budgets, 1 of 3 sizes, 1 of 6 points |" in text
+    assert "no law: 1 of 3 budgets, 1 of 3 sizes, 1 of 6 points |" in text
+    assert re.search(r"Fewer than 3 sound minima, so no law: .*few", text)
+    assert re.search(r"No ratio to arm, which needs sound surfaces or 3 sound minima of both families: few", text)
 
 
 def test_seeds_have_a_spread_and_single_ones_say_so(reported: Path) -> None:
@@ -105,7 +109,7 @@ def test_the_joint_loss_stands_only_under_words_that_say_what_it_is_not(reported
     text = (reported / "report.md").read_text()
     assert re.findall(r"[^|]*joint[^|]*", text) == [" loss_ce_joint (no likelihood) "]
     assert "loss_ce_joint: no likelihood" in (reported / "bounds.svg").read_text()
-    for name in ("isoflop", "frontier", "size"):
+    for name in ("difference", "isoflop", "frontier", "size"):
         assert "joint" not in (reported / f"{name}.svg").read_text()
 
 
@@ -113,15 +117,39 @@ def test_a_report_of_its_own_results_file_is_the_same_to_the_byte(reported: Path
     arguments = [str(reported / "results.jsonl"), "--draws", "20", "--predict", "4e15", "--out", str(tmp_path)]
     assert report.main_report(arguments) == 0
     names = sorted(path.name for path in reported.iterdir())
-    assert sorted(path.name for path in tmp_path.iterdir()) == names and len(names) == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == names and len(names) == 12
     for name in names:
         assert (tmp_path / name).read_bytes() == (reported / name).read_bytes(), name
 
 
-def test_prediction_beyond_the_budgets_is_called_extrapolated(reported: Path) -> None:
-    text = (reported / "report.md").read_text()
-    row = next(line for line in text.splitlines() if line.startswith("| arm") and "extrapolated" in line)
-    assert "surface, extrapolated" in row or "power laws, extrapolated" in row
+def section(folder: Path, title: str) -> list[list[str]]:
+    """Cells of the table under a title of report.md, without its head."""
+    text = (folder / "report.md").read_text().partition(f"## {title}")[2].partition("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"][2:]
+
+
+def test_a_prediction_has_size_tokens_steps_and_loss_and_says_how_far_it_extrapolates(reported: Path) -> None:
+    rows = {row[0]: row for row in section(reported, "Prediction")}
+    family, bound, size, tokens, steps, loss, by, beyond = rows["arm"]
+    assert (family, bound, by) == ("arm", "nll_ar", "surface")
+    assert beyond.startswith("extrapolated: 2 times the largest budget")
+    n, d = (float(cell.split(" [")[0]) for cell in (size, tokens))
+    assert 6 * n * d * (1 + 2000 / n**0.6) == pytest.approx(4e15, rel=0.02)
+    assert float(loss.split(" [")[0]) == pytest.approx(2 + 300 * n**-0.4 + 900 * d**-0.4, abs=0.002)
+    # Of 100 steps each, the tokens of a step are the median of those of the sizes at the largest budget.
+    assert int(steps.replace(",", "")) == pytest.approx(d / ((2e15 / 6 / 2e6 + 2e15 / 6 / 4e6) / 2 / 100), rel=0.01)
+    assert all(mark in cell for cell in (size, tokens, loss) for mark in ("[", ", ", "]"))
+
+
+def test_a_minimum_outside_the_measured_sizes_is_called_extrapolated_and_enters_no_law(tmp_path: Path) -> None:
+    far = [r for r in whole_study() if r.point.family == "arm" and (r.point.budget < 2e15 or r.point.size != "xl")]
+    found = laws.fit_law(far, "arm", "nll_ar", method="converged", draws=10, seed=0)
+    assert [parabola.flaw for parabola in found.isoflop.parabolas] == [None, None, "extrapolated"]  # 4.6e6 > 4e6
+    assert found.isoflop.loss is None and found.isoflop.parameters is None  # two sound minima are left
+    assert report.main_report([str(write(far, tmp_path / "study")), "--draws", "10", "--out", str(tmp_path)]) == 0
+    row = section(tmp_path, "Minima")[2]
+    assert row[4:] == ["> 4e+06", "-", "-", "extrapolated"]
+    assert section(tmp_path, "Laws of the minima")[0][4:] == ["-", "-", "-"]
 
 
 def test_fit_writes_plain_json_of_every_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +167,7 @@ def test_fit_writes_plain_json_of_every_law(tmp_path: Path, capsys: pytest.Captu
     truth = [2.3, 300, 900, 0.4, 0.4]
     names = ("irreducible", "size_scale", "token_scale", "size_exponent", "token_exponent")
     assert [fit[name] for name in names] == pytest.approx(truth, rel=0.02) and fit["flaw"] is None
+    assert [o["extrapolated"] for o in fit["optimum"]] == [False] * 3
     assert [6 * o["parameters"] * o["tokens"] for o in fit["optimum"]] == pytest.approx([4e14, 1e15, 2e15])
     assert "prime | nll_chain" in capsys.readouterr().out
 
@@ -170,8 +199,8 @@ def test_bounds_that_are_none_are_refused(tmp_path: Path) -> None:
         report.main_fit([str(study), "--bound", "loss_ce_joint"])
     with pytest.raises(DataError, match="no result holds an estimate named nll_ar"):
         report.main_fit([str(study), "--bound", "nll_ar"])
-    with pytest.raises(ConfigError, match="--against mdm has no frontier"):
-        report.main_report([str(study), "--draws", "5", "--against", "mdm"])
+    with pytest.raises(ConfigError, match="--reference mdm has no result; families of the study: few"):
+        report.main_report([str(study), "--draws", "5", "--reference", "mdm"])
 
 
 def test_a_damaged_line_of_a_results_file_is_named(tmp_path: Path) -> None:
