@@ -20,7 +20,7 @@ Coefficients = Literal[
     "gate_aware",  # E[g_j G_C] / E[G_C^2], G_C the sum of the cluster's gates
 ]
 
-_ELEMENTS = 1 << 24  # of one expert's parameters summed at once: 128 MiB of float64 an expert of the cluster
+_ELEMENTS = 1 << 18  # of a sum at once: 2 MiB of float64, which stay in the cache from one member to the next
 
 
 def members(labels: Tensor) -> list[Tensor]:
@@ -65,7 +65,8 @@ def coefficients(labels: Tensor, statistics: LayerStatistics, rule: Coefficients
 def weighted_experts(experts: Experts, labels: Tensor, alpha: Tensor) -> Experts:
     """The r experts sum over j in C of alpha_j theta_j, gate, up and down alike. labels: int64 [E]; alpha: [E].
 
-    Sums are float64 on the CPU and float32 elsewhere, cast once. Beyond the result, |C| x 128 MiB are held.
+    Sums are float64 on the CPU and float32 elsewhere, cast once. Beyond the result, a few MiB are held, however many
+    members a cluster has.
     """
     clusters = members(labels)
     merged = unset_experts(len(clusters), experts)
@@ -83,12 +84,19 @@ def unset_experts(count: int, like: Experts) -> Experts:
 
 def _write_weighted_sum(target: Tensor, weights: Tensor, cluster: Tensor, alpha: Tensor) -> None:
     """target: [rows, columns]; weights: [E, rows, columns]."""
+    if len(cluster) == 1 and float(alpha[cluster]) == 1:
+        target.copy_(weights[int(cluster)])
+        return
     wide = torch.float64 if weights.device.type == "cpu" else torch.float32
-    cluster = cluster.to(weights.device)
-    shares = alpha.to(weights.device, wide)[cluster]
-    for start in range(0, len(target), step := max(1, _ELEMENTS // weights.shape[2])):
+    step = max(1, _ELEMENTS // weights.shape[2])
+    total = torch.empty(step, weights.shape[2], dtype=wide, device=weights.device)
+    shares = alpha[cluster].tolist()
+    for start in range(0, len(target), step):
         part = slice(start, start + step)
-        target[part] = torch.tensordot(shares, weights[cluster, part].to(wide), dims=1).to(target.dtype)
+        found = total[: len(target[part])].zero_()
+        for member, share in zip(cluster.tolist(), shares, strict=True):
+            found.add_(weights[member, part].to(wide), alpha=share)
+        target[part] = found
 
 
 def _gate_aware_scores(labels: Tensor, statistics: LayerStatistics) -> Tensor:
