@@ -23,6 +23,7 @@ from launch.errors import ConfigError, DataError
 from launch.runtime import Runtime
 from llm.moe.calibration_text import CalibrationText, load_text, save_text
 from llm.moe.experts import Experts, LayerTokens
+from llm.moe.files import save_json
 from llm.moe.source import Source
 from llm.moe.statistics import LayerStatistics, load_statistics, measure, save_statistics, weight_gram
 from llm.moe.walk import Walk, start_walk
@@ -53,6 +54,7 @@ def calibrate(
         experts = source.experts(index).to(runtime.device)
         if index not in missing:
             runtime.together(lambda index=index, experts=experts: walk.layer(index, experts))
+            del experts
             continue
         statistics = measure_layer(walk, index, experts, runtime)
         runtime.decide(
@@ -60,6 +62,7 @@ def calibrate(
                 statistics, weight_gram(experts), statistics_file(folder, index)
             )
         )
+        del experts  # before the next layer is read
     return text
 
 
@@ -130,11 +133,8 @@ def _begin(source: Source, make_text: Callable[[], CalibrationText], folder: Pat
                 f"{found['block_length']}); choose another folder, or remove it"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
     save_text(text, folder / _TEXT)
-    partial = folder / f"{_MANIFEST}.tmp"
-    partial.write_text(json.dumps(mine, indent=1) + "\n")
-    partial.replace(folder / _MANIFEST)
+    save_json(mine, folder / _MANIFEST)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

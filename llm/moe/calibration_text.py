@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from launch.errors import ConfigError, DataError
 from llm.data.documents import Input, split_of
 from llm.data.prepare import open_named
 from llm.data.shards import Split
+from llm.moe.files import save_tensors
 
 _DOCUMENTS_PER_BLOCK = 16  # as the official code takes them, and more if they are short
 
@@ -76,9 +76,7 @@ def build_text(config: CalibrationConfig, tokenizer: Any, *, split: Split = "tra
 
 
 def save_text(text: CalibrationText, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    save_file({"blocks": text.blocks}, partial, metadata={"sources": "\n".join(text.sources)})
-    partial.replace(path)
+    save_tensors({"blocks": text.blocks}, path, metadata={"sources": "\n".join(text.sources)})
 
 
 def load_text(path: Path) -> CalibrationText:

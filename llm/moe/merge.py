@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from launch.runtime import Runtime
 from llm.moe.calibrate import my_blocks, read_calibration, read_layers
 from llm.moe.clustering import check_clusters
 from llm.moe.experts import Experts, LayerTokens, MergedLayer
+from llm.moe.files import save_json, save_tensors
 from llm.moe.recipe import Groups, MergeConfig, group_all, merge_layer
 from llm.moe.source import Source
 from llm.moe.statistics import measure, weight_gram
@@ -66,6 +66,8 @@ def merge(source: Source, statistics: Path, config: MergeConfig, out: Path, runt
         if walk is not None:
             behind = load_layer(out, index).to(runtime.device) if config.sequential else experts
             runtime.together(lambda i=index, b=behind: walk.layer(i, b))
+            del behind
+        del experts  # before the next layer is read
 
 
 def _make(
@@ -114,11 +116,9 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 
 def save_layer(layer: MergedLayer, folder: Path, index: int) -> None:
-    path = layer_file(folder, index)
-    partial = path.with_name(f"{path.name}.tmp")
+    """CheckpointError if the disk does not take it."""
     tensors = {"expert_map": layer.expert_map, "gate_up": layer.experts.gate_up, "down": layer.experts.down}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    save_tensors(tensors, layer_file(folder, index))
 
 
 def load_layer(folder: Path, index: int) -> MergedLayer:
@@ -171,9 +171,6 @@ def _begin(source: Source, statistics: Path, text_sha256: str, config: MergeConf
                     "folder, or remove it"
                 )
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(file.name != f"{_MANIFEST}.tmp" for file in out.iterdir()):
         raise ConfigError(f"{out} holds other files; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{_MANIFEST}.tmp"
-    partial.write_text(json.dumps(mine, indent=1) + "\n")
-    partial.replace(out / _MANIFEST)
+    save_json(mine, out / _MANIFEST)

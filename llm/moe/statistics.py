@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from launch.errors import DataError
 from llm.moe.experts import Experts, LayerTokens, RoutingRule, route
+from llm.moe.files import save_tensors
 
 FORMAT = "unmask-moe-statistics-1"
-_ELEMENTS = 1 << 22  # of expert outputs held at once: 32 MiB of float64
+_OUTPUTS = 1 << 24  # numbers of all experts' outputs that are held at once: 128 MiB of float64
+_WEIGHTS = 1 << 22  # and of all experts' weights: 32 MiB
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,17 +83,22 @@ def measure(experts: Experts, batch: LayerTokens, rule: RoutingRule) -> LayerSta
     top2 = torch.zeros_like(gates).scatter_(1, batch.logits.topk(min(2, count), dim=-1).indices, 1.0)
     logits = batch.logits.double()
     sums = {f.name: getattr(no_statistics(count, width), f.name).to(gates.device) for f in fields(LayerStatistics)}
-    rows = max(1, _ELEMENTS // (count * width))
+    rows = max(1, min(len(batch.hidden), _OUTPUTS // (count * width)))
+    every = torch.empty(count, rows, width, dtype=torch.float64, device=gates.device)
     for start in range(0, len(batch.hidden), rows):
         part = slice(start, start + rows)
-        outputs = torch.stack([experts.output(j, batch.hidden[part]).double() for j in range(count)])  # [E, t, d]
-        norms = outputs.norm(dim=-1)  # [E, t]
-        sums["output_sum"] += outputs.sum(1)
-        sums["routed_output_sum"] += torch.einsum("etd,te->ed", outputs, chosen[part])
+        outputs = every[:, : len(batch.hidden[part])]  # [E, t, d]
+        for j, output in enumerate(outputs):
+            output.copy_(experts.output(j, batch.hidden[part]))
+            norms = output.norm(dim=-1)  # [t]
+            sums["output_sum"][j] += output.sum(0)
+            sums["routed_output_sum"][j] += chosen[part, j] @ output
+            sums["routed_norm_sum"][j] += norms @ chosen[part, j]
+            sums["gated_norm_sum"][j] += norms @ gates[part, j]
         sums["output_gram"] += _gram(outputs)
-        sums["routed_norm_sum"] += (norms.T * chosen[part]).sum(0)
-        sums["gated_norm_sum"] += (norms.T * gates[part]).sum(0)
-        sums["cosine_sum"] += _gram(outputs.div_(norms[..., None].clamp_min(torch.finfo(torch.float64).tiny)))
+        for output in outputs:
+            output.div_(output.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
+        sums["cosine_sum"] += _gram(outputs)
     sums["tokens"] += len(batch.hidden)
     sums["selections"] += chosen.sum(0)
     sums["top2_selections"] += top2.sum(0)
@@ -109,18 +115,16 @@ def weight_gram(experts: Experts) -> Tensor:
     total = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for tensor in (experts.gate_up, experts.down):
         flat = tensor.flatten(1)
-        for part in flat.split(max(1, _ELEMENTS // len(experts)), dim=1):
+        for part in flat.split(max(1, _WEIGHTS // len(experts)), dim=1):
             wide = part.double()
             total += (wide @ wide.T).cpu()
     return total
 
 
 def save_statistics(statistics: LayerStatistics, weights: Tensor, path: Path) -> None:
-    """One safetensors file; weights: `weight_gram` [E, E]."""
-    tensors = {f.name: getattr(statistics, f.name).contiguous() for f in fields(statistics)}
-    partial = path.with_name(f"{path.name}.tmp")
-    save_file(tensors | {"weight_gram": weights.contiguous()}, partial, metadata={"format": FORMAT})
-    partial.replace(path)
+    """One safetensors file; weights: `weight_gram` [E, E]. CheckpointError if the disk does not take it."""
+    tensors = {f.name: getattr(statistics, f.name) for f in fields(statistics)}
+    save_tensors(tensors | {"weight_gram": weights}, path, metadata={"format": FORMAT})
 
 
 def load_statistics(path: Path) -> tuple[LayerStatistics, Tensor]:
