@@ -69,7 +69,7 @@ class Stopwatch:
     """Adds up the costs of named parts."""
 
     def __init__(self) -> None:
-        self.costs = dict.fromkeys(STEPS, Cost(0.0, 0.0))
+        self.costs: dict[str, Cost] = dict.fromkeys(STEPS, Cost(0.0, 0.0))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -32,6 +32,7 @@ def _whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors gives its files to nobody else
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
