@@ -3,8 +3,8 @@ weights: what shows time and memory of work that goes layer by layer.
 
     python -m tests.shape_true mixtral-8x7b --layers 1 --to /tmp/mixtral        # 3.0 GB, in the memory of one expert
 
-Every matrix is a stretch of one bank of random numbers, begun at a place of its own. The bank's length is prime, so that
-a matrix has no two equal rows.
+Every matrix is a stretch of one bank of random numbers, begun at a place of its own. The bank's length is prime: no two
+rows of a matrix are equal.
 """
 
 import argparse
@@ -55,7 +55,7 @@ _SPREAD = 0.02  # standard deviation, as the published models are initialised
 
 
 def write_shape(to: Path, name: str, *, layers: int, seed: int = 0, **changes: Any) -> Path:
-    """A new folder with a model of SHAPES[name], a byte tokenizer and no generation settings. changes: of its config."""
+    """A new folder with a model of SHAPES[name], and a byte tokenizer. changes: of its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = {**_COMMON, **SHAPES[name], "num_hidden_layers": layers, **changes}

@@ -56,9 +56,7 @@ def finished(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("verb", "least"), [("calibrate", 8), ("merge", 6), ("export", 5)])
-def test_killed_at_any_operation_on_a_file_a_verb_ends_in_the_same_bytes(
-    verb: str, least: int, tmp_path: Path
-) -> None:
+def test_killed_at_any_operation_on_a_file_a_verb_ends_in_the_same_bytes(verb: str, least: int, tmp_path: Path) -> None:
     model = tmp_path / "model"
     mixtures.mixture("qwen3_moe", num_hidden_layers=3, vocab_size=256).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
