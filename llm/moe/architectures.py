@@ -113,11 +113,15 @@ def moe_shape(config: Any, folder: Path) -> MoeShape:
     if config.hidden_act != "silu":
         raise ConfigError(f"{folder} has the activation {config.hidden_act!r}; only silu experts can be merged")
     count = getattr(config, architecture.count_keys[0])
+    if not (moe_layers := _moe_layers(config, count)):
+        raise ConfigError(
+            f"{folder} has no layer with experts ({count} experts in config.json); there is nothing to merge"
+        )
     normalise = architecture.always_normalises or bool(config.norm_topk_prob)
     return MoeShape(
         architecture=architecture,
         num_layers=config.num_hidden_layers,
-        moe_layers=_moe_layers(config, count),
+        moe_layers=moe_layers,
         num_experts=count,
         rule=RoutingRule(top_k=config.num_experts_per_tok, normalise=normalise),
         width=config.hidden_size,

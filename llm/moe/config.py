@@ -29,10 +29,18 @@ class MoeModelConfig:
     balance: float = 0.01  # factor of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4)
 
     def check(self, path: str) -> None:
+        for name in ("layers", "width", "heads", "kv_heads", "experts", "expert_width", "shared_width"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{path}.{name} = {value}; the smallest is 1")
         if self.width % self.heads or self.heads % (self.kv_heads or self.heads):
             raise ConfigError(
                 f"{path}.heads = {self.heads} must divide {path}.width = {self.width}, and be a multiple of "
                 f"{path}.kv_heads = {self.kv_heads}"
+            )
+        if self.width // self.heads % 2:
+            raise ConfigError(
+                f"{path}.width / {path}.heads = {self.width // self.heads} must be even: positions rotate features in "
+                "pairs; choose another number of heads"
             )
         if not 1 <= self.top_k <= self.experts:
             raise ConfigError(f"{path}.top_k = {self.top_k}; a token selects 1 to {path}.experts = {self.experts}")
@@ -40,6 +48,15 @@ class MoeModelConfig:
             raise ConfigError(f"{path}.balance = {self.balance}; the smallest is 0, which balances nothing")
         if self.dense_layers and self.kind == "mixtral":
             raise ConfigError(f"{path}.dense_layers = {list(self.dense_layers)}: every layer of a Mixtral has experts")
+        if not set(self.dense_layers) < set(range(self.layers)):
+            raise ConfigError(
+                f"{path}.dense_layers = {list(self.dense_layers)}; layers are 0 to {self.layers - 1}, and one of them "
+                "at least has experts"
+            )
+        if self.shared_width is not None and self.kind != "qwen2_moe":
+            raise ConfigError(
+                f"{path}.shared_width = {self.shared_width}: only qwen2_moe has a shared expert; leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +66,24 @@ class MoeEvaluationConfig:
     sequences: Count | None = 64  # validation blocks; null for all
     batch: Count = 8  # blocks at a time
 
+    def check(self, path: str) -> None:
+        for name in ("sequences", "batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{path}.{name} = {value}; the smallest is 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoeExperiment(Experiment):
     model: MoeModelConfig = field(default_factory=MoeModelConfig)
     data: DataConfig
     evaluation: MoeEvaluationConfig = field(default_factory=MoeEvaluationConfig)
+
+    def check(self, _path: str) -> None:
+        if self.data.block_length < 2:
+            raise ConfigError(
+                f"data.block_length = {self.data.block_length}; the first token of a block is given, so 2 are needed "
+                "to have one to learn"
+            )
 
 
 def huggingface_config(model: MoeModelConfig, *, vocab_size: int, length: int, bos: int | None, eos: int) -> Any:

@@ -106,6 +106,11 @@ class MoeTask:
         vocab_size = self.stream.vocab_size if self.stream else config.data.vocab_size
         if vocab_size is None:
             raise ConfigError("data.vocab_size is not set and the data are not read; add data.vocab_size=N")
+        if config.data.vocab_size not in (None, vocab_size):
+            raise ConfigError(
+                f"data.vocab_size = {config.data.vocab_size}, but {config.data.sources[0].path} was made with a "
+                f"tokenizer of {vocab_size} tokens; set it to {vocab_size}, or prepare the data again"
+            )
         self.model_config = self._model_config(vocab_size)
         self.shape = moe_shape(self.model_config, Path(config.model.start or "model"))
 
@@ -239,7 +244,10 @@ class MoeTask:
         idle = len(shape.moe_layers) * (shape.num_experts - shape.rule.top_k) * shape.expert_parameters
         table = 0 if config.tie_word_embeddings else config.vocab_size * shape.width
         active = sum(p.numel() for p in self._meta.parameters()) - idle - table
-        attention = 6 * shape.num_layers * self.config.data.block_length * shape.width
+        features = config.num_attention_heads * (
+            getattr(config, "head_dim", None) or shape.width // config.num_attention_heads
+        )
+        attention = 6 * shape.num_layers * self.config.data.block_length * features
         return 6.0 * active + attention
 
     @cached_property
