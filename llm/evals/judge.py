@@ -58,7 +58,6 @@ class Judged:
     texts: Sequence[str]
     tokens: Sequence[Tokens]  # of the judge, a text each
     nats: Sequence[float]  # of each text under the judge, its first token behind BOS (or EOS)
-    features: np.ndarray  # float32 [N, D]: the judge's last hidden state at the last token of each text
 
     @property
     def estimate(self) -> Estimate:
@@ -116,20 +115,37 @@ def open_judge(path_or_name: str, device: torch.device) -> Judge:
 
 
 def judge_texts(judge: Judge, texts: Sequence[str]) -> Judged:
-    """Have the judge read `texts`, in its own tokens; those longer than its input in parts. DataError if all are empty.
-
-    Features are of as many first tokens as fit.
-    """
-    scorable = judge.scorable
-    encoder = Encoder(tokenizer=scorable.tokenizer, prefix=scorable.first_token, add_bos=scorable.add_bos)
-    tokens = [tuple(ids) for ids in encoder.texts(texts, special=False)]
+    """Have the judge read `texts` in its own tokens, long ones in parts. DataError if all of them are empty."""
+    tokens = _encode(judge.scorable, texts)
     if not any(tokens):
         raise DataError(f"all of the {len(texts)} texts are empty: there is nothing for {judge.name} to read")
-    requests = [Request(context=(scorable.first_token,), continuation=ids, group="") for ids in tokens]
-    scores = score(scorable, requests, ScoringConfig())
-    return Judged(
-        texts=texts, tokens=tokens, nats=[0.0 - one.value for one in scores], features=_features(scorable, tokens)
-    )
+    requests = [Request(context=(judge.scorable.first_token,), continuation=ids, group="") for ids in tokens]
+    scores = score(judge.scorable, requests, ScoringConfig())
+    return Judged(texts=texts, tokens=tokens, nats=[0.0 - one.value for one in scores])
+
+
+@torch.no_grad()
+def features(judge: Judge, texts: Sequence[str]) -> np.ndarray:
+    """float32 [N, D] for MAUVE: the last hidden state, normed, at the last token of each text behind BOS (or EOS).
+
+    Of a text that is longer than the judge's input, its beginning counts.
+    """
+    scorable = judge.scorable
+    inputs = [(scorable.first_token, *ids)[: scorable.max_length] for ids in _encode(scorable, texts)]
+    found: dict[int, Tensor] = {}
+    waiting = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+    while waiting:
+        longest = len(inputs[waiting[0]])
+        room = max(1, _BATCH_TOKENS // longest)
+        now, waiting = waiting[:room], waiting[room:]
+        tokens = torch.zeros(len(now), longest, dtype=torch.int64)
+        for row, i in enumerate(now):
+            tokens[row, : len(inputs[i])] = torch.tensor(inputs[i])
+        last = torch.tensor([len(inputs[i]) - 1 for i in now])
+        real = torch.arange(longest) <= last.unsqueeze(-1)
+        hidden = _hidden(scorable, tokens.to(scorable.device), real.to(scorable.device))
+        found |= dict(zip(now, hidden[torch.arange(len(now)), last].float().cpu(), strict=True))
+    return torch.stack([found[i] for i in range(len(inputs))]).numpy()
 
 
 def text_of(ids: Sequence[int], tokenizer: TextTokenizer) -> str:
@@ -160,24 +176,9 @@ def reference_texts(path: Path, tokenizer: TextTokenizer, *, length: int, count:
     return (texts[::2], texts[1::2]) if len(texts) == 2 * count else (texts[:count], [])
 
 
-@torch.no_grad()
-def _features(scorable: Scorable, texts: Sequence[Tokens]) -> np.ndarray:
-    """float32 [N, D]: the last hidden state, normed, at the last token of each text behind BOS (or EOS)."""
-    inputs = [(scorable.first_token, *tokens)[: scorable.max_length] for tokens in texts]
-    found: dict[int, Tensor] = {}
-    waiting = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
-    while waiting:
-        longest = len(inputs[waiting[0]])
-        room = max(1, _BATCH_TOKENS // longest)
-        now, waiting = waiting[:room], waiting[room:]
-        tokens = torch.zeros(len(now), longest, dtype=torch.int64)
-        for row, i in enumerate(now):
-            tokens[row, : len(inputs[i])] = torch.tensor(inputs[i])
-        last = torch.tensor([len(inputs[i]) - 1 for i in now])
-        real = torch.arange(longest) <= last.unsqueeze(-1)
-        hidden = _hidden(scorable, tokens.to(scorable.device), real.to(scorable.device))
-        found |= dict(zip(now, hidden[torch.arange(len(now)), last].float().cpu(), strict=True))
-    return torch.stack([found[i] for i in range(len(inputs))]).numpy()
+def _encode(scorable: Scorable, texts: Sequence[str]) -> list[Tokens]:
+    encoder = Encoder(tokenizer=scorable.tokenizer, prefix=scorable.first_token, add_bos=scorable.add_bos)
+    return [tuple(ids) for ids in encoder.texts(texts, special=False)]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.metrics import check_name
 from llm.evals import text_metrics
-from llm.evals.judge import Judge, Judged, judge_texts
+from llm.evals.judge import Judge, Judged, features, judge_texts
 
 SCHEMA = 1
 _COUNTS = ("texts", "tokens")
@@ -42,10 +42,10 @@ def judge_samples(
             "thousands"
         )
         return judged, found
-    found["samples"][name] = text_metrics.mauve(judged.features, real.features, seed=seed)
+    of_reference = features(judge, texts)
+    found["samples"][name] = text_metrics.mauve(features(judge, samples), of_reference, seed=seed)
     if others:
-        another = judge_texts(judge, others)
-        found["reference"][name] = text_metrics.mauve(another.features, real.features, seed=seed)
+        found["reference"][name] = text_metrics.mauve(features(judge, others), of_reference, seed=seed)
     else:
         found["notes"].append(f"no {name} of real text: the split has fewer than {2 * count} texts")
     return judged, found
@@ -55,7 +55,7 @@ def write_judged(folder: Path, judged: Judged, found: Mapping[str, Any]) -> Path
     """Write both files; returns the path of the metrics. ValueError for a name that would sell them as a likelihood."""
     for side in ("samples", "reference"):
         for name in found[side] or ():
-            check_name(name)
+            check_name(f"{side}/{name}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"judged_{datetime.now().isoformat().replace(':', '-')}.json"
     with path.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
@@ -103,5 +103,6 @@ def format_table(found: Mapping[str, Any]) -> str:
 def _cell(figures: Mapping[str, float], name: str) -> str:
     if name not in figures:
         return "-"
-    error = f" ({figures[f'{name}_se']:.4f})" if f"{name}_se" in figures else ""
-    return f"{figures[name]:.4f}{error}"
+    digits = 1 if name == "generative_ppl" else 4
+    error = f" ({figures[f'{name}_se']:.{digits}f})" if f"{name}_se" in figures else ""
+    return f"{figures[name]:.{digits}f}{error}"
