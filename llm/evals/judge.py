@@ -105,7 +105,7 @@ def open_judge(path_or_name: str, device: torch.device) -> Judge:
         )
     tokens = torch.arange(_PROBE, device=device).repeat(2, 1) % scorable.tokenizer.vocab_size
     tokens[1, -1] = 0
-    first, second = _hidden(scorable, tokens, None)[:, :-1]
+    first, second = _hidden(scorable, tokens)[:, :-1]
     if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
         raise ConfigError(
             f"{path_or_name} ({type(scorable.model).__name__}) looks ahead: its word on a token changes with the "
@@ -142,8 +142,7 @@ def features(judge: Judge, texts: Sequence[str]) -> np.ndarray:
         for row, i in enumerate(now):
             tokens[row, : len(inputs[i])] = torch.tensor(inputs[i])
         last = torch.tensor([len(inputs[i]) - 1 for i in now])
-        real = torch.arange(longest) <= last.unsqueeze(-1)
-        hidden = _hidden(scorable, tokens.to(scorable.device), real.to(scorable.device))
+        hidden = _hidden(scorable, tokens.to(scorable.device))
         found |= dict(zip(now, hidden[torch.arange(len(now)), last].float().cpu(), strict=True))
     return torch.stack([found[i] for i in range(len(inputs))]).numpy()
 
@@ -182,10 +181,9 @@ def _encode(scorable: Scorable, texts: Sequence[str]) -> list[Tokens]:
 
 
 @torch.no_grad()
-def _hidden(scorable: Scorable, tokens: Tensor, real: Tensor | None) -> Tensor:
-    """[B, L, D] for tokens int64 [B, L], of which `real` (bool [B, L]) are no padding."""
+def _hidden(scorable: Scorable, tokens: Tensor) -> Tensor:
+    """[B, L, D] for tokens int64 [B, L]; padding behind a text needs no mask, for a causal model never sees it."""
     model: Any = scorable.model
     if scorable.language is not None:
-        return model(tokens, lambda hidden, weight, bias: hidden, attention_mask=real)
-    mask = None if real is None else real.long()
-    return model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        return model(tokens, lambda hidden, weight, bias: hidden)
+    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
