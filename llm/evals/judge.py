@@ -71,7 +71,10 @@ class Judged:
     def figures(self) -> dict[str, float]:
         """Metrics by name, with the standard error over texts as NAME_se where texts are independent there."""
         estimate = self.estimate
-        per_text = {"unigram_entropy": [text_metrics.unigram_entropy(tokens) for tokens in self.tokens]}
+        per_text = {
+            "unigram_entropy": [text_metrics.unigram_entropy(tokens) for tokens in self.tokens],
+            "tokens_per_text": [float(len(tokens)) for tokens in self.tokens],  # the entropy's limit is log of it
+        }
         per_text |= {
             f"repetition_{n}": [text_metrics.repetition(tokens, n) for tokens in self.tokens] for n in _REPETITIONS
         }

@@ -54,6 +54,7 @@ def test_generative_perplexity_is_exp_of_the_mean_loss_that_transformers_compute
     judged = judge_texts(llama, TEXTS)
     figures = judged.figures()
     assert [len(tokens) for tokens in judged.tokens] == counts and figures["tokens"] == sum(counts)
+    assert figures["tokens_per_text"] == pytest.approx(sum(counts) / len(TEXTS))
     assert judged.nats == pytest.approx(nats, rel=1e-5)
     assert figures["generative_ppl"] == pytest.approx(math.exp(sum(nats) / sum(counts)), rel=1e-5)
 
