@@ -54,14 +54,39 @@ def generate(
     device: torch.device,
     prompt: Sequence[int] = (),
     suffix: Sequence[int] = (),
+    batch: int | None = None,
 ) -> Samples:
-    """`count` sequences of `length` tokens that begin with `prompt` and end with `suffix` (token ids)."""
-    tokens = torch.zeros(count, length, dtype=torch.int64, device=device)
-    frozen = torch.zeros(count, length, dtype=torch.bool, device=device)
-    for given, place in ((prompt, slice(0, len(prompt))), (suffix, slice(length - len(suffix), length))):
-        tokens[:, place] = torch.tensor(list(given), dtype=torch.int64, device=device)
-        frozen[:, place] = True
-    rows = torch.arange(count, device=device)
+    """`count` sequences of `length` tokens that begin with `prompt` and end with `suffix` (token ids).
+
+    batch: sequences at a time (None: all); the noise of a sequence does not depend on it.
+    """
+    parts = []
+    for rows in torch.arange(count, device=device).split(batch or count):
+        tokens = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
+        frozen = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
+        for given, place in ((prompt, slice(0, len(prompt))), (suffix, slice(length - len(suffix), length))):
+            tokens[:, place] = torch.tensor(list(given), dtype=torch.int64, device=device)
+            frozen[:, place] = True
+        parts.append(_generate_batch(model, language, tokens, frozen, rows, config, seed))
+    return Samples(
+        tokens=torch.cat([part.tokens for part in parts]),
+        evaluations=sum(part.evaluations for part in parts),
+        steps=parts[0].steps,
+        idle_steps=torch.cat([part.idle_steps for part in parts]),
+        batch_idle_steps=sum(part.batch_idle_steps for part in parts),
+    )
+
+
+def _generate_batch(
+    model: nn.Module,
+    language: Language,
+    tokens: Tensor,
+    frozen: Tensor,
+    rows: Tensor,
+    config: SamplerConfig,
+    seed: int,
+) -> Samples:
+    """Fill in `tokens` [B, L] where not `frozen`; `rows` int64 [B] name the noise of each sequence."""
 
     def draw(step: int, numbers: int) -> Tensor:
         return uniform(stream_key(seed, "sample", step), rows, numbers, torch.float64)

@@ -14,8 +14,6 @@ from lm_eval.api.task import Task
 
 from launch.errors import ConfigError
 from launch.runtime import Runtime
-from llm.data.fetch import model_folder
-from llm.data.packages import MODELS
 from llm.evals.baselines import Unigram, chance_metrics, unigram_metrics, unigram_of_dataset, unigram_of_prose
 from llm.evals.models import Scorable, open_scorable
 from llm.evals.report import SCHEMA, format_comparison, format_table, write_results
@@ -45,7 +43,7 @@ def evaluate_models(options: argparse.Namespace, runtime: Runtime) -> None:
         if key not in selections:
             selections[key] = runtime.together(lambda k=key: select(names, hub=options.data == "hub", heldout=k))
         selection = selections[key]
-        scorable = runtime.together(lambda r=run: open_model(r, runtime))
+        scorable = runtime.together(lambda r=run: open_scorable(r, runtime.device))
         if options.dry_run:
             words = runtime.decide(
                 partial(forecast, scorable, scoring, selection, limit=options.limit, processes=runtime.world_size)
@@ -73,12 +71,6 @@ def record(
     results["unmask"] = particulars(run, model, selection, results, data)
     results["config"]["model_args"] = {"path": str(run), **dataclasses.asdict(model.scoring)}
     return write_results(folder, results)
-
-
-def open_model(run: str, runtime: Runtime) -> Scorable:
-    """A run, an exported folder, a model that `unmask data fetch` brings, or what transformers opens."""
-    is_fetched = run in MODELS and not Path(run).exists()
-    return open_scorable(model_folder(run) if is_fetched else run, runtime.device)
 
 
 def data_of(run: str, given: str | None) -> Path | None:
