@@ -98,7 +98,7 @@ def test_drawn_masks_have_the_enumerated_mean_and_an_honest_error(variant: Any, 
     scorable, sequence = known(model, codec, family="prime"), (3, 0, 2, 1)
     oracle = {"nelbo_token": exact.nelbo_token, "nelbo_subtoken": exact.nelbo_subtoken}[estimator]
     truth = -float(oracle(model, codec, torch.tensor([sequence])))
-    copies = [Request(context=(), continuation=sequence, group=str(i)) for i in range(1500)]
+    copies = [Request(context=(), continuation=sequence, group=str(i)) for i in range(500)]
     found = score(scorable, copies, ScoringConfig(estimator=estimator, draws=4, variant=variant))  # type: ignore[arg-type]
     sample = torch.tensor([s.value for s in found], dtype=torch.float64)
     assert abs(float(sample.mean()) - truth) < 4 * float(sample.std()) / len(sample) ** 0.5
@@ -109,7 +109,7 @@ def test_drawn_masks_have_the_enumerated_mean_and_an_honest_error(variant: Any, 
 def test_counted_masks_vary_less_than_timed_ones() -> None:
     codec = build_codec(4, 1)
     scorable = known(exact.random_model(codec, 5, seed=7, scale=0.7), codec)
-    copies = [Request(context=(), continuation=(3, 0, 2, 1, 1), group=str(i)) for i in range(400)]
+    copies = [Request(context=(), continuation=(3, 0, 2, 1, 1), group=str(i)) for i in range(200)]
     spread = {v: float(values(scorable, copies, draws=8, variant=v).std()) for v in ("E1", "E2")}
     assert spread["E2"] < 0.5 * spread["E1"]
 
