@@ -29,7 +29,7 @@ from llm.pretrained import Pretrained, load_pretrained
 BOUNDS = ("nelbo_token", "nelbo_subtoken", "nelbo_layered", "nelbo_steps", "nll_chain", "loss_ce_joint")
 _OF_CONFIG = ("draws", "batch", "steps", "order")  # flags that stand before the run's own evaluation section
 _DEFAULT_BOUNDS = ("nelbo_token", "nelbo_subtoken", "loss_ce_joint")
-_ESTIMATORS = ("auto", "nll_ar", "nelbo_token", "nelbo_subtoken", "nll_chain", "ce_joint")
+_ESTIMATORS = ("auto", "nll_ar", "nelbo_token", "nelbo_subtoken", "nelbo_layered", "nll_chain", "ce_joint")
 _ONLY_BOUNDS = ("bounds", "split", "steps", "order", "sequences", "batch")
 _ONLY_SETS = ("data_root", "packing", "allow_other_text")
 _ONLY_TASKS = (
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--estimator",
         choices=_ESTIMATORS,
-        help="of a continuation's log-likelihood (auto: exact for causal models, nelbo_token for masked ones)",
+        help="of a continuation's log-likelihood (auto: exact for causal models, a bound for masked ones)",
     )
     tasks.add_argument("--guidance", type=float, metavar="W", help="towards the context; ranks, is no likelihood (0)")
     tasks.add_argument("--temperature", type=float, metavar="T", help="of the logits; ranks, is no likelihood (1)")

@@ -23,6 +23,7 @@ class Language:
     family: Literal["ar", "mdm", "prime"]
     codec: Codec
     first_token: int  # ar: what stands before the first token of a block
+    order: Literal["uniform", "layers"] = "uniform"  # in which digits were revealed in training
 
     def inputs(self, digits: Tensor) -> Tensor:
         """What the backbone reads for digits [B, L, l]: the ids [B, L] themselves where l = 1."""

@@ -89,7 +89,9 @@ def load_pretrained(path: Path, device: torch.device, *, weights: str = "auto", 
     model = build_model(config, tokenizer.vocab_size, device)
     fill(dict(model.named_parameters()), tensors, where=path)
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    language = Language(family=config.diffusion.family, codec=codec.to(device), first_token=first)
+    language = Language(
+        family=config.diffusion.family, codec=codec.to(device), first_token=first, order=config.diffusion.order
+    )
     return Pretrained(
         config=config,
         model=model.eval().requires_grad_(False),

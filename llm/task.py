@@ -62,6 +62,7 @@ class LanguageTask:
             family=config.diffusion.family,
             codec=self.codec,
             first_token=_first_token(self.stream) if self.stream and config.diffusion.family == "ar" else 0,
+            order=config.diffusion.order,
         )
         self.objective = config.diffusion.objective_for(self.codec) if config.diffusion.family != "ar" else None
         self._zero_shot = _zero_shot(config) if self.stream else None

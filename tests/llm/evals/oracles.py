@@ -38,14 +38,20 @@ class Known(nn.Module):
 
 
 def known(
-    predict: exact.Predict, codec: Codec, *, family: Family = "mdm", max_length: int = 64, tokens: Any = None
+    predict: exact.Predict,
+    codec: Codec,
+    *,
+    family: Family = "mdm",
+    max_length: int = 64,
+    tokens: Any = None,
+    order: Any = "uniform",
 ) -> Scorable:
-    """An oracle as a scorable; `tokens` is its tokenizer."""
+    """An oracle as a scorable; `tokens` is its tokenizer, `order` that in which digits are revealed."""
     found = tokens or tokenizer()
     return Scorable(
         family=family,
         model=Known(predict, codec.vocab_size),
-        language=Language(family=family, codec=codec, first_token=found.eos_id),  # type: ignore[arg-type]
+        language=Language(family=family, codec=codec, first_token=found.eos_id, order=order),  # type: ignore[arg-type]
         tokenizer=found,
         max_length=max_length,
         fingerprint="known",
