@@ -193,3 +193,9 @@ class LanguageConfig(Experiment):
     def check(self, path: str) -> None:
         del path  # the root
         check_tensor_parallel(self.model, self.engine.tensor_parallel)
+        sampler = self.sampling.sampler
+        if self.diffusion.order == "layers" and sampler.order is None and sampler.group != "digit":
+            raise ConfigError(
+                f"sampling.sampler.group = {sampler.group} reveals no digits, and diffusion.order = layers draws first "
+                "digits before second ones; use group digit, or name another sampling.sampler.order"
+            )
