@@ -40,6 +40,7 @@ _ONLY_TASKS = (
     "seed",
     "batch_tokens",
     "max_length",
+    "generation",
     "output",
     "dry_run",
 )
@@ -201,6 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument("--seed", type=int, metavar="N", help="of the masks (0)")
     tasks.add_argument("--batch-tokens", type=int, metavar="N", help="tokens of a forward (16384)")
     tasks.add_argument("--max-length", type=int, metavar="N", help="tokens of an input (as in training)")
+    tasks.add_argument(
+        "--generation",
+        metavar="KEY=VALUE,...",
+        help="of tasks that have an answer written: steps=8,temperature=0.7 and so on, see docs/evaluation.md",
+    )
     tasks.add_argument("--output", metavar="DIR", help="results go to DIR/NAME (RUN/tasks, or evaluations/NAME)")
     tasks.add_argument("--dry-run", action="store_true", help="print documents, requests, inputs and time, and stop")
     return parser

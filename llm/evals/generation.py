@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from launch import config as configs
 from launch.errors import ConfigError
 from llm.diffusion.sampler import Order, SamplerConfig
 from llm.evals.encoding import Encoder
@@ -80,6 +81,16 @@ class GenerationConfig:
             group=group,
             cfg_scale=self.guidance,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    generation: GenerationConfig
+
+
+def read_generation(values: Mapping[str, Any], *, source: str) -> GenerationConfig:
+    """The configuration with these fields; `ConfigError` for one that there is not, as "generation.FIELD"."""
+    return configs.from_dict(_Section, {"generation": dict(values)}, source=source).generation
 
 
 def generate_until(
