@@ -15,9 +15,10 @@ from lm_eval.utils import simple_parse_args_string
 
 from launch.errors import ConfigError
 from launch.runtime import Runtime
+from llm.data.packages import MODELS
 from llm.evals.baselines import Unigram, chance_metrics, unigram_metrics, unigram_of_dataset, unigram_of_prose
 from llm.evals.generation import GenerationConfig, read_generation
-from llm.evals.models import Scorable, open_scorable
+from llm.evals.models import Scorable, is_fetched, open_scorable
 from llm.evals.report import SCHEMA, format_comparison, format_table, write_results
 from llm.evals.run import harness_model, run_tasks
 from llm.evals.scoring import Request, ScoringConfig, score
@@ -112,7 +113,7 @@ def particulars(
     unigram = _unigram(model, data)
     return {
         "schema": SCHEMA,
-        "name": Path(run).name,
+        "name": MODELS[run].title if is_fetched(run) else Path(run).name,
         "scoring": model.get_model_info()["scoring"],
         "likelihoods_are": "exact" if model.scorable.is_causal else "bounds, or chains where the estimator says so",
         "chance": chance_metrics(selection, results["samples"]),

@@ -17,8 +17,9 @@ from llm.evals.report import newest_results
 from llm.evals.run import harness_model, run_tasks
 from llm.evals.scoring import ScoringConfig
 from llm.evals.tasks import Selection, select
-from llm.evals.zero_shot import output_folder
+from llm.evals.zero_shot import output_folder, particulars
 from llm.evaluate import main
+from tests.llm.evals.oracles import tiny_huggingface
 from tests.llm.evals.questions import choice_task, last_word_task, selection
 
 SMALL = ("--tasks", "heldout", "--limit", "2", "--draws", "2")
@@ -108,6 +109,17 @@ def test_a_dry_run_tells_the_cost_and_scores_nothing(
 def test_the_list_needs_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list-tasks"]) == EXIT_OK
     assert "hcsmoe8" in capsys.readouterr().out
+
+
+def test_a_fetched_model_is_shown_with_what_its_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_runtime: Any
+) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path))
+    model = harness_model(tiny_huggingface("llama"), ScoringConfig())
+    chosen = selection(choice_task("animals", 2))
+    results = run_tasks(model, chosen, cpu_runtime)
+    assert particulars("smollm2", model, chosen, results, None)["name"] == "SmolLM2-135M-Instruct Q4_1"
+    assert particulars("runs/smollm2", model, chosen, results, None)["name"] == "smollm2"
 
 
 def test_results_go_beside_the_model_unless_told_otherwise(tmp_path: Path) -> None:
