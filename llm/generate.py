@@ -1,7 +1,7 @@
 """A language model as its users see it: what it reads, which bounds it has, and how text is drawn from it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ class Language:
     family: Literal["ar", "mdm", "prime"]
     codec: Codec
     first_token: int  # ar: what stands before the first token of a block
+    order: Literal["uniform", "layers"] = "uniform"  # in which digits were revealed in training
 
     def inputs(self, digits: Tensor) -> Tensor:
         """What the backbone reads for digits [B, L, l]: the ids [B, L] themselves where l = 1."""
@@ -40,6 +41,10 @@ class Language:
             same = ("nelbo_subtoken", "nelbo_layered")
             return list(dict.fromkeys("nelbo_token" if name in same else name for name in wanted))
         return list(wanted)
+
+    def sampler(self, config: SamplerConfig) -> SamplerConfig:
+        """`config` with an order; one that is left open is that of the digits in training."""
+        return replace(config, order=config.order or ("layers" if self.order == "layers" else "ancestral"))
 
 
 @torch.no_grad()
@@ -98,7 +103,9 @@ def _generate_batch(
         return model(language.inputs(digits), lambda hidden, weight, bias: token_logits(hidden[where], weight, bias))
 
     start = sampler.start(tokens, frozen, language.codec)
-    return sampler.sample(start, frozen, codec=language.codec, predict=predict, draw=draw, config=config)
+    return sampler.sample(
+        start, frozen, codec=language.codec, predict=predict, draw=draw, config=language.sampler(config)
+    )
 
 
 def _left_to_right(

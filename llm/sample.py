@@ -127,7 +127,7 @@ def _sampling(options: argparse.Namespace, loaded: Pretrained) -> tuple[Sampling
     sampling = loaded.config.sampling
     changes = {name: value for name in _OF_SAMPLER if (value := getattr(options, name)) is not None}
     wanted = {name: value for name in ("count", "length", "seed") if (value := getattr(options, name)) is not None}
-    sampler = dataclasses.replace(sampling.sampler, **changes)
+    sampler = loaded.language.sampler(dataclasses.replace(sampling.sampler, **changes))
     sampling = dataclasses.replace(sampling, sampler=sampler, **wanted)
     try:
         sampling.check("sampling")
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--order",
         choices=("ancestral", "layers", "random", "left_to_right", "confidence"),
-        help="first: at random times, first digits before second ones, or so many a step in this order (ancestral)",
+        help="first: at random times, first digits before second ones, or so many a step (as in training)",
     )
     parser.add_argument(
         "--group",

@@ -112,7 +112,7 @@ def open_scorable(
     whatever it is. Code that comes with a Hugging Face model is never run. ConfigError if nothing can be opened.
     """
     path = Path(path_or_name)
-    if str(path_or_name) in MODELS and not path.exists():
+    if is_fetched(path_or_name):
         path = model_folder(str(path_or_name))
     if not _is_ours(path):
         return _open_huggingface(str(path if path.exists() else path_or_name), device, dtype)
@@ -135,6 +135,11 @@ def open_scorable(
         max_length=loaded.config.data.block_length,
         fingerprint=weights_fingerprint(model, description),
     )
+
+
+def is_fetched(path_or_name: str | Path) -> bool:
+    """Whether it names a model that `unmask data fetch` brings; a folder of that name here comes first."""
+    return str(path_or_name) in MODELS and not Path(path_or_name).exists()
 
 
 def weights_fingerprint(model: nn.Module, description: dict[str, Any]) -> str:
