@@ -171,7 +171,7 @@ def _run(config: Experiment, make_task: MakeTask, watchdog: Watchdog) -> int:
                     f"use train.steps={trainer.progress.step} or more, or start a new run in another run.dir"
                 )
         # Only now: a resume that is refused must leave the configuration that its checkpoints belong to.
-        runtime.decide(lambda: _write_run_folder(config, folder, runtime.world_size))
+        runtime.decide(lambda: _write_run_folder(config, task, folder, runtime.world_size))
         metrics.rewind(trainer.progress.step)  # also to 0: an earlier start may have died before its first checkpoint
         if runtime.is_main:
             rows = facts(config, task, runtime.world_size) | {
@@ -253,8 +253,9 @@ def _check_same_experiment(config: Experiment, folder: Path) -> None:
         logger.info("resuming with %s = %r (was %r)", key, new, old)
 
 
-def _write_run_folder(config: Experiment, folder: Path, world_size: int) -> None:
+def _write_run_folder(config: Experiment, task: Task, folder: Path, world_size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    task.keep_files(folder)
     partial = folder / "config.yaml.tmp"
     partial.write_text(configs.dump(config))
     partial.replace(folder / "config.yaml")  # a kill here must not leave a run that cannot be resumed

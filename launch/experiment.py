@@ -118,6 +118,10 @@ class Task(Protocol):
         """Collective. Write samples under `folder`."""
         ...
 
+    def keep_files(self, folder: Path) -> None:
+        """Copy into the run folder what its checkpoints need and may move elsewhere. Rank 0, at each start."""
+        ...
+
     def identity(self) -> Mapping[str, Any]:
         """What must be equal in a checkpoint for it to mean the same (data and codec fingerprints), as JSON."""
         ...

@@ -121,17 +121,24 @@ def update_run_info(run_dir: Path, **facts: Any) -> dict[str, Any]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that sells a joint cross-entropy as a likelihood.
+    """Refuse a name that sells something else as a likelihood.
 
     The cross-entropy of the joint of sub-tokens is a training loss; exp of it is no perplexity of the model, and no
-    bound on one.
+    bound on one. What another model, a judge, makes of samples is a statement about these texts, with one name.
     """
     lowered = name.lower()
-    if "joint" in lowered and (likelihood := re.search(r"ppl|perplexity|nll|nelbo|bits|likelihood", lowered)):
+    likelihood = re.search(r"ppl|perplexity|nll|nelbo|bits|likelihood", lowered)
+    if likelihood and "joint" in lowered:
         raise ValueError(
             f"metric {name!r}: a joint cross-entropy is no likelihood, so nothing made of it may be called "
             f"{likelihood[0]}; log it as loss_ce_joint, and take {likelihood[0]} from nelbo_subtoken, nelbo_token or "
             "nll_chain"
+        )
+    of_samples = re.search(r"generative|judge|sample", lowered)
+    if likelihood and of_samples and not re.fullmatch(r"(?:[\w-]+/)*generative_ppl(?:_se)?", name):
+        raise ValueError(
+            f"metric {name!r}: what a judge makes of samples is no {likelihood[0]} of the model that drew them; call "
+            "it generative_ppl, and log unigram_entropy beside it"
         )
     if name in ("step", "time"):
         raise ValueError(f"metric {name!r}: every row has this key already; choose another name")

@@ -5,7 +5,7 @@ keys of a YAML file, so that a wrong number is answered with the key that holds 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, cast, get_args
@@ -14,7 +14,7 @@ from launch.config import Count, unknown_key
 from launch.errors import ConfigError
 from launch.experiment import Experiment
 from llm.backbones import InputKind, InputSpec, ModelConfig, check_tensor_parallel, resolve_input_kind
-from llm.data.codes import read_code
+from llm.data.codes import COPY, read_code
 from llm.data.stream import DataConfig
 from llm.diffusion.codec import Codec, build_codec
 from llm.diffusion.likelihood import Order
@@ -193,3 +193,15 @@ class LanguageConfig(Experiment):
     def check(self, path: str) -> None:
         del path  # the root
         check_tensor_parallel(self.model, self.engine.tensor_parallel)
+        sampler = self.sampling.sampler
+        if self.diffusion.order == "layers" and sampler.order is None and sampler.group != "digit":
+            raise ConfigError(
+                f"sampling.sampler.group = {sampler.group} reveals no digits, and diffusion.order = layers draws first "
+                "digits before second ones; use group digit, or name another sampling.sampler.order"
+            )
+
+    def with_code_of(self, folder: Path) -> "LanguageConfig":
+        """The same with the copy of the table of codes that is in `folder`, if there is one: the original may move."""
+        if self.diffusion.code is None or not (folder / COPY).exists():
+            return self
+        return replace(self, diffusion=replace(self.diffusion, code=str(folder / COPY)))

@@ -29,7 +29,7 @@ from llm.pretrained import Pretrained, load_pretrained
 BOUNDS = ("nelbo_token", "nelbo_subtoken", "nelbo_layered", "nelbo_steps", "nll_chain", "loss_ce_joint")
 _OF_CONFIG = ("draws", "batch", "steps", "order")  # flags that stand before the run's own evaluation section
 _DEFAULT_BOUNDS = ("nelbo_token", "nelbo_subtoken", "loss_ce_joint")
-_ESTIMATORS = ("auto", "nll_ar", "nelbo_token", "nelbo_subtoken", "nll_chain", "ce_joint")
+_ESTIMATORS = ("auto", "nll_ar", "nelbo_token", "nelbo_subtoken", "nelbo_layered", "nll_chain", "ce_joint")
 _ONLY_BOUNDS = ("bounds", "split", "steps", "order", "sequences", "batch")
 _ONLY_SETS = ("data_root", "packing", "allow_other_text")
 _ONLY_TASKS = (
@@ -40,6 +40,7 @@ _ONLY_TASKS = (
     "seed",
     "batch_tokens",
     "max_length",
+    "generation",
     "output",
     "dry_run",
 )
@@ -194,13 +195,18 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--estimator",
         choices=_ESTIMATORS,
-        help="of a continuation's log-likelihood (auto: exact for causal models, nelbo_token for masked ones)",
+        help="of a continuation's log-likelihood (auto: exact for causal models, a bound for masked ones)",
     )
     tasks.add_argument("--guidance", type=float, metavar="W", help="towards the context; ranks, is no likelihood (0)")
     tasks.add_argument("--temperature", type=float, metavar="T", help="of the logits; ranks, is no likelihood (1)")
     tasks.add_argument("--seed", type=int, metavar="N", help="of the masks (0)")
     tasks.add_argument("--batch-tokens", type=int, metavar="N", help="tokens of a forward (16384)")
     tasks.add_argument("--max-length", type=int, metavar="N", help="tokens of an input (as in training)")
+    tasks.add_argument(
+        "--generation",
+        metavar="KEY=VALUE,...",
+        help="of tasks that have an answer written: steps=8,temperature=0.7 and so on, see docs/evaluation.md",
+    )
     tasks.add_argument("--output", metavar="DIR", help="results go to DIR/NAME (RUN/tasks, or evaluations/NAME)")
     tasks.add_argument("--dry-run", action="store_true", help="print documents, requests, inputs and time, and stop")
     return parser

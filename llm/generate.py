@@ -1,7 +1,7 @@
 """A language model as its users see it: what it reads, which bounds it has, and how text is drawn from it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ class Language:
     family: Literal["ar", "mdm", "prime"]
     codec: Codec
     first_token: int  # ar: what stands before the first token of a block
+    order: Literal["uniform", "layers"] = "uniform"  # in which digits were revealed in training
 
     def inputs(self, digits: Tensor) -> Tensor:
         """What the backbone reads for digits [B, L, l]: the ids [B, L] themselves where l = 1."""
@@ -41,6 +42,10 @@ class Language:
             return list(dict.fromkeys("nelbo_token" if name in same else name for name in wanted))
         return list(wanted)
 
+    def sampler(self, config: SamplerConfig) -> SamplerConfig:
+        """`config` with an order; one that is left open is that of the digits in training."""
+        return replace(config, order=config.order or ("layers" if self.order == "layers" else "ancestral"))
+
 
 @torch.no_grad()
 def generate(
@@ -54,14 +59,39 @@ def generate(
     device: torch.device,
     prompt: Sequence[int] = (),
     suffix: Sequence[int] = (),
+    batch: int | None = None,
 ) -> Samples:
-    """`count` sequences of `length` tokens that begin with `prompt` and end with `suffix` (token ids)."""
-    tokens = torch.zeros(count, length, dtype=torch.int64, device=device)
-    frozen = torch.zeros(count, length, dtype=torch.bool, device=device)
-    for given, place in ((prompt, slice(0, len(prompt))), (suffix, slice(length - len(suffix), length))):
-        tokens[:, place] = torch.tensor(list(given), dtype=torch.int64, device=device)
-        frozen[:, place] = True
-    rows = torch.arange(count, device=device)
+    """`count` sequences of `length` tokens that begin with `prompt` and end with `suffix` (token ids).
+
+    batch: sequences at a time (None: all); the noise of a sequence does not depend on it.
+    """
+    parts = []
+    for rows in torch.arange(count, device=device).split(batch or count):
+        tokens = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
+        frozen = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
+        for given, place in ((prompt, slice(0, len(prompt))), (suffix, slice(length - len(suffix), length))):
+            tokens[:, place] = torch.tensor(list(given), dtype=torch.int64, device=device)
+            frozen[:, place] = True
+        parts.append(_generate_batch(model, language, tokens, frozen, rows, config, seed))
+    return Samples(
+        tokens=torch.cat([part.tokens for part in parts]),
+        evaluations=sum(part.evaluations for part in parts),
+        steps=parts[0].steps,
+        idle_steps=torch.cat([part.idle_steps for part in parts]),
+        batch_idle_steps=sum(part.batch_idle_steps for part in parts),
+    )
+
+
+def _generate_batch(
+    model: nn.Module,
+    language: Language,
+    tokens: Tensor,
+    frozen: Tensor,
+    rows: Tensor,
+    config: SamplerConfig,
+    seed: int,
+) -> Samples:
+    """Fill in `tokens` [B, L] where not `frozen`; `rows` int64 [B] name the noise of each sequence."""
 
     def draw(step: int, numbers: int) -> Tensor:
         return uniform(stream_key(seed, "sample", step), rows, numbers, torch.float64)
@@ -73,7 +103,9 @@ def generate(
         return model(language.inputs(digits), lambda hidden, weight, bias: token_logits(hidden[where], weight, bias))
 
     start = sampler.start(tokens, frozen, language.codec)
-    return sampler.sample(start, frozen, codec=language.codec, predict=predict, draw=draw, config=config)
+    return sampler.sample(
+        start, frozen, codec=language.codec, predict=predict, draw=draw, config=language.sampler(config)
+    )
 
 
 def _left_to_right(

@@ -6,10 +6,8 @@ so `AutoModelForCausalLM.from_pretrained` opens it. Masked and partial-masking m
 config.json names `unmask` as the type. Either way `unmask_config` holds the experiment, so that we can read it back.
 """
 
-import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +24,12 @@ from llm import backbones
 from llm.backbones import ModelConfig
 from llm.config import LanguageConfig
 from llm.data import tokenizers
+from llm.data.codes import keep_code
 from llm.data.tokenizers import TextTokenizer
 from llm.diffusion.codec import Codec
 from llm.generate import Language
 
 logger = logging.getLogger(__name__)
-
-CODE = "code.json"  # in an exported folder: the table of codes, where the model has one of its own
 
 _STOCK_NAMES = (  # our names -> those of transformers' Llama and Qwen3
     ("input.weight", "model.embed_tokens.weight"),
@@ -89,7 +86,9 @@ def load_pretrained(path: Path, device: torch.device, *, weights: str = "auto", 
     model = build_model(config, tokenizer.vocab_size, device)
     fill(dict(model.named_parameters()), tensors, where=path)
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    language = Language(family=config.diffusion.family, codec=codec.to(device), first_token=first)
+    language = Language(
+        family=config.diffusion.family, codec=codec.to(device), first_token=first, order=config.diffusion.order
+    )
     return Pretrained(
         config=config,
         model=model.eval().requires_grad_(False),
@@ -109,13 +108,11 @@ def read_config(path: Path) -> LanguageConfig:
                 f"{path}/config.json has no unmask_config; only folders written by `unmask export` are read"
             )
         config = configs.from_dict(LanguageConfig, saved["unmask_config"], source=str(path / "config.json"))
-        if config.diffusion.code is None:
-            return config
-        return dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, code=str(path / CODE)))
+        return config.with_code_of(path)
     if not (path / "config.yaml").exists():
         raise ConfigError(f"{path} is neither a run folder (config.yaml) nor an exported folder (config.json)")
     tree = yaml.safe_load((path / "config.yaml").read_text())
-    return configs.from_dict(LanguageConfig, tree, source=str(path / "config.yaml"))
+    return configs.from_dict(LanguageConfig, tree, source=str(path / "config.yaml")).with_code_of(path)
 
 
 def newest_step(run: Path) -> int:
@@ -215,7 +212,7 @@ def export(
         write_safetensors(stream(checkpoint, f"{ours.weights}."), folder, rename=rename, dtype=dtype)
         (folder / "config.json").write_text(json.dumps(description, indent=1))
         if ours.config.diffusion.code is not None:
-            shutil.copyfile(ours.config.diffusion.code, folder / CODE)
+            keep_code(Path(ours.config.diffusion.code), folder)
         ours.tokenizer.save(folder)
     return _compare(ours, to, is_stock=stock is not None)
 

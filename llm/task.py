@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from launch.checkpoint import layout
 from launch.errors import ConfigError
 from launch.random import stream_key, uniform
 from launch.runtime import Runtime
 from llm import backbones
 from llm.config import LanguageConfig
+from llm.data.codes import keep_code
 from llm.data.stream import TrainingStream, open_datasets
 from llm.diffusion import masking
 from llm.diffusion.objective import Loss, MaskedBatch, Readout, ar_inputs, ar_readout, masked_readout
@@ -43,6 +45,9 @@ class Batch:
 class LanguageTask:
     def __init__(self, config: LanguageConfig, device: torch.device, open_data: bool = True):
         """With `open_data` the data set must exist and fit; without, `data.vocab_size` must say what it would be."""
+        folder = config.run.folder
+        if layout.committed_steps(folder / "checkpoints"):  # else a copy there is of another, older start
+            config = config.with_code_of(folder)
         self.config, self.device = config, device
         self.stream = TrainingStream(config.data) if open_data else None
         vocab_size = self.stream.vocab_size if self.stream else config.data.vocab_size
@@ -62,6 +67,7 @@ class LanguageTask:
             family=config.diffusion.family,
             codec=self.codec,
             first_token=_first_token(self.stream) if self.stream and config.diffusion.family == "ar" else 0,
+            order=config.diffusion.order,
         )
         self.objective = config.diffusion.objective_for(self.codec) if config.diffusion.family != "ar" else None
         self._zero_shot = _zero_shot(config) if self.stream else None
@@ -215,6 +221,11 @@ class LanguageTask:
     @cached_property
     def _validation(self) -> list[Any]:
         return open_datasets(self.config.data, "validation")
+
+    def keep_files(self, folder: Path) -> None:
+        """The table of codes, without which no checkpoint of the run means anything."""
+        if self.config.diffusion.code is not None:
+            keep_code(Path(self.config.diffusion.code), folder)
 
     # --- facts -------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,10 @@ import pytest
 
 from launch.errors import DataError
 
+# Before torch is imported. Its threads wait for each other in busy loops, so that on a machine with other work every
+# small operation of a test takes ten times as long with two threads as with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def fetched() -> Callable[[Callable[[Any], Path], Any], Path]:

@@ -4,10 +4,11 @@ A token's digits are those of its place in the order (llm/diffusion/codec.py), s
 their first digits. `classes` sorts tokens into classes that foretell one another (word_classes.py), `similarity` orders
 them by the contexts they stand in, `frequency` by how often they occur; all look at the training split only. The order
 is a small JSON file, made once by `unmask data code` and named in `diffusion.code`; its hash is part of every
-checkpoint, and an exported folder carries a copy.
+checkpoint, and run folders and exported folders carry a copy.
 """
 
 import json
+import shutil
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from llm.data.word_classes import by_classes
 
 Kind = Literal["classes", "similarity", "frequency"]
 FORMAT = "unmask-code-1"
+COPY = "code.json"  # in a run folder and in an exported folder
 _BLOCK = 4096  # tokens read at once
 _DIMENSIONS = 32  # of the context vectors
 _MOST_TOKENS = 20_000_000  # of the training split, from its start
@@ -76,6 +78,14 @@ def read_code(path: Path) -> np.ndarray:
         raise DataError(
             f"diffusion.code = {path} is no table of codes ({error}); write one: unmask data code DATA --out {path}"
         ) from None
+
+
+def keep_code(path: Path, folder: Path) -> None:
+    """Copy the table of a run into its folder, whole or not at all."""
+    if path != folder / COPY:
+        partial = folder / f"{COPY}.tmp"
+        shutil.copyfile(path, partial)
+        partial.replace(folder / COPY)
 
 
 def neighbour_counts(dataset: TokenDataset) -> np.ndarray:

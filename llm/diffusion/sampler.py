@@ -17,7 +17,7 @@ lower temperature and flatters generative perplexity (arXiv 2409.02908). There i
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,6 +36,8 @@ Draw = Callable[[int, int], Tensor]
 Step 0 is the plan of what is revealed when, 1..T the token draws of the T steps, -1, -2, ... those of the correctors.
 """
 
+Order = Literal["ancestral", "layers", "random", "left_to_right", "confidence"]
+
 _ROWS = 256  # positions whose float64 probabilities are alive at once: 100 MB each array at V = 50,257
 
 
@@ -46,7 +48,7 @@ class SamplerConfig:
     steps: int = 128  # steps of the schedule; with block_length, steps for each block
     temperature: float = 1.0  # of the token distribution; 0 takes the most likely token
     top_p: float = 1.0  # nucleus: keep the tokens whose cumulative probability is at most this, and the likeliest one
-    order: Literal["ancestral", "layers", "random", "left_to_right", "confidence"] = "ancestral"  # which come first
+    order: Order | None = None  # which come first; null: as in training, layers for such models, else ancestral
     group: Literal["digit", "token", "schedule"] = "digit"  # what is revealed at once; schedule: tokens, then digits
     chunk_point: float = 0.5  # group = schedule: whole tokens while time (1 at the start, 0 at the end) is above this
     block_length: int | None = None  # tokens per semi-autoregressive block, counting hidden tokens; none: one block
@@ -75,7 +77,7 @@ class SamplerConfig:
                 f"{path}.order = layers reveals first digits before second ones, which {path}.group = {self.group} and "
                 f"{path}.corrector_steps = {self.corrector_steps} do not allow. Use group digit and no correctors."
             )
-        if self.group == "schedule" and self.order != "ancestral":
+        if self.group == "schedule" and self.order not in ("ancestral", None):
             raise ValueError(
                 f"{path}.group = schedule changes units with time, but {path}.order = {self.order} spreads a fixed "
                 "number of units over the steps. Use group token or digit, or order ancestral."
@@ -114,9 +116,11 @@ def sample(
     """Fill in every hidden digit of `digits` int64 [B, L, l]; visible digits stay, frozen tokens in correctors too.
 
     frozen: bool [B, L], tokens given from outside: fully visible, never re-masked, the prompt of the guidance.
-    Each sequence depends on its own digits and noise only, as far as `predict` keeps sequences apart.
-    Raises ValueError for a configuration or a start that does not fit, and when a distribution is not finite.
+    Each sequence depends on its own digits and noise only, as far as `predict` keeps sequences apart. An order that is
+    left open is ancestral. Raises ValueError for a configuration or a start that does not fit, and when a distribution
+    is not finite.
     """
+    config = replace(config, order=config.order or "ancestral")
     config.check()
     _check_start(digits, frozen, codec, config)
     batch, length, granularity = digits.shape

@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 import torch
 
+from launch import config as configs
 from launch.errors import ConfigError
-from llm.diffusion.sampler import SamplerConfig
+from llm.diffusion.sampler import Order, SamplerConfig
 from llm.evals.encoding import Encoder
 from llm.evals.filling import CausalFiller, MaskedFiller, Texts
 from llm.evals.models import Scorable, ScoringTokenizer
+from llm.generate import Language
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +37,9 @@ class GenerationConfig:
 
     length: int = 256  # tokens of a text at most; max_gen_toks of a request comes first
     block_length: int | None = 32  # tokens that a masked model writes before it goes on; null: the whole text at once
-    steps: int | None = None  # of a masked model for each block; null: one for each token of a block
-    order: Literal["confidence", "random", "left_to_right", "ancestral"] = "confidence"  # which units of a block first
-    group: Literal["token", "digit"] = "token"  # what partial masking reveals at once
+    steps: int | None = None  # of a masked model for each block; null: one for each unit (token or digit) of a block
+    order: Order | None = None  # which units of a block first; null: confidence, or layers for models trained so
+    group: Literal["token", "digit"] | None = None  # what partial masking reveals at once; null: digits in layers only
     temperature: float = 0.0  # 0 takes the likeliest tokens; do_sample and temperature of a request come first
     top_p: float = 1.0  # nucleus, as in sampling; top_p of a request comes first
     guidance: float = 0.0  # w of (1 + w) * logits - w * logits without the prompt; masked models only
@@ -49,10 +51,7 @@ class GenerationConfig:
         for name, least in limits.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"{path}.{name} = {value}; the smallest is {least}")
-        try:
-            self.sampler().check(path)
-        except ValueError as error:
-            raise ConfigError(str(error).replace("cfg_scale", "guidance")) from None
+        self._check_sampler(self.sampler(), path)
 
     def check_for(self, scorable: Scorable) -> None:
         if scorable.is_causal and self.guidance != 0.0:
@@ -60,17 +59,38 @@ class GenerationConfig:
                 f"generation.guidance = {self.guidance} needs a model that can hide its prompt, which a causal one "
                 f"({scorable.family}) cannot; use 0"
             )
+        self._check_sampler(self.sampler(language=scorable.language), "generation")
 
-    def sampler(self, block: int = 1) -> SamplerConfig:
-        """What fills in a block of so many tokens."""
+    def _check_sampler(self, sampler: SamplerConfig, path: str) -> None:
+        try:
+            sampler.check(path)
+        except ValueError as error:
+            raise ConfigError(str(error).replace("cfg_scale", "guidance")) from None
+
+    def sampler(self, block: int = 1, language: Language | None = None) -> SamplerConfig:
+        """What fills in a block of so many tokens of a masked model."""
+        in_layers = language is not None and language.order == "layers"
+        order = self.order or ("layers" if in_layers else "confidence")
+        group = self.group or ("digit" if order == "layers" else "token")
+        units = block * (language.codec.granularity if language is not None and group == "digit" else 1)
         return SamplerConfig(
-            steps=self.steps or block,
+            steps=self.steps or units,
             temperature=self.temperature,
             top_p=self.top_p,
-            order=self.order,
-            group=self.group,
+            order=order,
+            group=group,
             cfg_scale=self.guidance,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    generation: GenerationConfig
+
+
+def read_generation(values: Mapping[str, Any], *, source: str) -> GenerationConfig:
+    """The configuration with these fields; `ConfigError` for one that there is not, as "generation.FIELD"."""
+    return configs.from_dict(_Section, {"generation": dict(values)}, source=source).generation
 
 
 def generate_until(
@@ -194,7 +214,7 @@ def _continue_batch(scorable: Scorable, texts: Texts, until: Sequence[str], conf
     if scorable.is_causal:
         block, filler = _CHECK_EVERY, CausalFiller(scorable, config.sampler(), config.seed)
     else:
-        filler = MaskedFiller(scorable, config.sampler(min(block, config.length)), config.seed)
+        filler = MaskedFiller(scorable, config.sampler(min(block, config.length), scorable.language), config.seed)
     found = [""] * len(texts.tokens)
     going = list(range(len(texts.tokens)))
     for begin in range(0, longest, block):

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from launch.errors import ConfigError
 from launch.runtime import Runtime
 from llm.evals.cache import ScoreCache
 from llm.evals.encoding import Encoder
+from llm.evals.generation import GenerationConfig, generate_until, read_generation
 from llm.evals.models import Scorable, open_scorable
 from llm.evals.scoring import Request, Score, ScoringConfig, score_each
 
@@ -66,14 +67,14 @@ class HarnessModel(TemplateLM):
     """One model under one scoring configuration.
 
     runtime: the processes of the evaluation (None: this one alone). cache: a folder for scores, see `ScoreCache`.
-    generation: how texts are continued (`llm.evals.generation.GenerationConfig`; None: its defaults).
+    generation: how texts are continued, where a request does not say it.
     """
 
     def __init__(
         self,
         scorable: Scorable,
         scoring: ScoringConfig | None = None,
-        generation: Any = None,
+        generation: GenerationConfig | None = None,
         runtime: Runtime | None = None,
         cache: Path | None = None,
     ) -> None:
@@ -81,7 +82,9 @@ class HarnessModel(TemplateLM):
         self.scorable = scorable
         self.scoring = ScoringConfig() if scoring is None else scoring
         self.scoring.check()
-        self.generation = generation
+        self.generation = GenerationConfig() if generation is None else generation
+        self.generation.check()
+        self.generation.check_for(scorable)
         self.runtime = runtime
         self._settings = self.scoring.settings(scorable)
         add_bos = scorable.add_bos if self.scoring.add_bos is None else self.scoring.add_bos
@@ -102,7 +105,8 @@ class HarnessModel(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> "HarnessModel":
-        """From the command line of the harness: path, weights, step, dtype, cache, and the fields of ScoringConfig."""
+        """From the command line of the harness: path, weights, step, dtype, cache, the fields of ScoringConfig, and
+        those of GenerationConfig as generation.FIELD."""
         arguments = dict(arg_dict)
         path = arguments.pop("path", None) or arguments.pop("pretrained", None)
         if path is None:
@@ -112,11 +116,15 @@ class HarnessModel(TemplateLM):
         if not isinstance(dtype, torch.dtype):
             raise ConfigError("dtype in --model_args is not a type of torch; use float32, bfloat16 or float16")
         cache = arguments.pop("cache", None)
+        of_generation = [key for key in arguments if key.startswith("generation.")]
+        generation = read_generation(
+            {key.removeprefix("generation."): arguments.pop(key) for key in of_generation}, source="--model_args"
+        )
         scoring = configs.from_dict(ScoringConfig, arguments, source="--model_args")
         device = (additional_config or {}).get("device")  # its batch sizes mean nothing here: batches go by tokens
         runtime = runtimes.start(device=str(device).split(":")[0] if device else "auto", timeout_seconds=_PATIENCE_S)
         scorable = open_scorable(path, runtime.device, dtype=dtype, **opening)
-        return cls(scorable, scoring, runtime=runtime, cache=None if cache is None else Path(cache))
+        return cls(scorable, scoring, generation, runtime, None if cache is None else Path(cache))
 
     @classmethod
     def create_from_arg_string(
@@ -233,12 +241,11 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """What follows each prompt, up to the first of its stop strings. Never cached: it may be drawn."""
-        from llm.evals.generation import GenerationConfig, generate_until  # pyright: ignore[reportMissingImports]
-
         pairs: list[Any] = [request.args for request in requests]
-        config = GenerationConfig() if self.generation is None else self.generation
         with tqdm(total=len(pairs), desc="generate_until", disable=disable_tqdm or self.rank != 0) as bar:
-            return generate_until(self.scorable, pairs, config, add_bos=self.scoring.add_bos, progress=bar.update)
+            return generate_until(
+                self.scorable, pairs, self.generation, add_bos=self.scoring.add_bos, progress=bar.update
+            )
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         raise ConfigError(
@@ -295,6 +302,7 @@ class HarnessModel(TemplateLM):
             "dtype": str(scorable.dtype).removeprefix("torch."),
             "tokenizer_sha256": scorable.tokenizer.sha256,
             "scoring": self._settings,
+            "generation": asdict(self.generation),
             "add_bos": self.encoder.add_bos,
             "boundary": self.scoring.boundary,
             "world_size": self.world_size,

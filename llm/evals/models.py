@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from launch import config as configs
 from launch.errors import ConfigError
+from llm.data.fetch import model_folder
+from llm.data.packages import MODELS
 from llm.data.tokenizers import TextTokenizer
 from llm.generate import Language
 from llm.pretrained import load_pretrained
@@ -105,12 +107,15 @@ def open_scorable(
 ) -> Scorable:
     """The model of a run folder, of an exported folder, or of a Hugging Face folder or name (causal, MoE included).
 
+    A name of `unmask data fetch` that is no folder here is the model that it brought; DataError if it did not.
     weights and step choose within a run, as in `load_pretrained`. dtype: of the weights; probabilities are float32
     whatever it is. Code that comes with a Hugging Face model is never run. ConfigError if nothing can be opened.
     """
     path = Path(path_or_name)
+    if is_fetched(path_or_name):
+        path = model_folder(str(path_or_name))
     if not _is_ours(path):
-        return _open_huggingface(str(path_or_name), device, dtype)
+        return _open_huggingface(str(path if path.exists() else path_or_name), device, dtype)
     loaded = load_pretrained(path, device, weights=weights, step=step)
     model = loaded.model.to(dtype)
     language = loaded.language
@@ -130,6 +135,11 @@ def open_scorable(
         max_length=loaded.config.data.block_length,
         fingerprint=weights_fingerprint(model, description),
     )
+
+
+def is_fetched(path_or_name: str | Path) -> bool:
+    """Whether it names a model that `unmask data fetch` brings; a folder of that name here comes first."""
+    return str(path_or_name) in MODELS and not Path(path_or_name).exists()
 
 
 def weights_fingerprint(model: nn.Module, description: dict[str, Any]) -> str:

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from llm.diffusion import likelihood, masking, regions
 from llm.diffusion.codec import Codec
-from llm.diffusion.regions import Questions, RegionName
+from llm.diffusion.regions import Charge, Questions, RegionName
 from llm.evals.models import Scorable
 from llm.evals.packing import Batch, Piece, assemble
 
+_CHARGES: dict[RegionName, Charge] = {
+    "nelbo_subtoken": "digits",
+    "nelbo_layered": "first_digit",
+    "loss_ce_joint": "token",
+}
 _CHUNK = 2**25  # float32 logits of a Hugging Face model that are normalised at a time: 128 MiB
 
 
@@ -53,7 +58,7 @@ class Reader:
         inputs = masking.hide(codec.encode(tokens), batch.hidden.to(device), codec)
         if self.name in ("nelbo_token", "nll_chain"):
             return regions.ask_tokens(self._predictor(batch), inputs, asked, modes=False)
-        return regions.ask_digits(self._predictor(batch), inputs, asked, codec, joint=self.name == "loss_ce_joint")
+        return regions.ask_digits(self._predictor(batch), inputs, asked, codec, _CHARGES[self.name])
 
     @torch.no_grad()
     def fills_greedily(self, batch: Batch) -> Tensor:

@@ -21,6 +21,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 
 from launch.runtime import Runtime
+from llm.evals.generation import GenerationConfig
 from llm.evals.harness import HarnessModel
 from llm.evals.models import Scorable
 from llm.evals.scoring import ScoringConfig
@@ -47,10 +48,14 @@ def untouched_random_states() -> Iterator[None]:
 
 
 def harness_model(
-    scorable: Scorable, scoring: ScoringConfig, runtime: Runtime | None = None, cache: Path | None = None
+    scorable: Scorable,
+    scoring: ScoringConfig,
+    runtime: Runtime | None = None,
+    cache: Path | None = None,
+    generation: GenerationConfig | None = None,
 ) -> Any:
     """A `HarnessModel`; Any, because the decorator that registers it hides its type."""
-    return HarnessModel(scorable, scoring, runtime=runtime, cache=cache)  # type: ignore[call-arg]
+    return HarnessModel(scorable, scoring, generation, runtime, cache)  # type: ignore[call-arg]
 
 
 @untouched_random_states()

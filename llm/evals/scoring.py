@@ -26,6 +26,7 @@ from llm.evals.reading import Reader
 _NAMES: dict[str, RegionName] = {  # of the library, by those of the configuration
     "nelbo_token": "nelbo_token",
     "nelbo_subtoken": "nelbo_subtoken",
+    "nelbo_layered": "nelbo_layered",
     "nll_chain": "nll_chain",
     "ce_joint": "loss_ce_joint",
 }
@@ -35,11 +36,16 @@ _NAMES: dict[str, RegionName] = {  # of the library, by those of the configurati
 class ScoringConfig:
     """How continuations are scored: the same for all tasks of an evaluation. The defaults suit every family.
 
-    estimator: "auto" is nll_ar for causal models and nelbo_token for masked ones; ce_joint ranks, and is no likelihood.
+    estimator: "auto" is nll_ar for causal models, nelbo_layered for those that reveal digits in layers, and nelbo_token
+    for other masked ones; ce_joint ranks, and is no likelihood.
     """
 
-    estimator: Literal["auto", "nll_ar", "nelbo_token", "nelbo_subtoken", "nll_chain", "ce_joint"] = "auto"
-    draws: int = 128  # masks of a continuation; n tokens are scored exactly where 2**n - 1 masks are no more
+    estimator: Literal["auto", "nll_ar", "nelbo_token", "nelbo_subtoken", "nelbo_layered", "nll_chain", "ce_joint"] = (
+        "auto"
+    )
+    draws: int = (
+        128  # masks of a continuation (nelbo_layered: of each layer); n tokens are exact if 2**n - 1 are enough
+    )
     variant: Estimator = "E2"  # E2 draws how many tokens are masked; E1 the time, as published: more variance
     guidance: float = 0.0  # w of un + (w + 1) (cond - un), un without the context; ranks options only, 0 is off
     temperature: float = 1.0  # divides the logits; ranks options only, 1 is off
@@ -67,7 +73,10 @@ class ScoringConfig:
         if not scorable.is_causal:
             if self.estimator == "nll_ar":
                 raise ConfigError("scoring.estimator = nll_ar needs a causal model; use auto, nelbo_token or nll_chain")
-            return "nelbo_token" if self.estimator == "auto" else self.estimator
+            if self.estimator != "auto":
+                return self.estimator
+            assert scorable.language is not None
+            return "nelbo_layered" if scorable.language.order == "layers" else "nelbo_token"
         if self.estimator not in ("auto", "nll_ar"):
             raise ConfigError(
                 f"scoring.estimator = {self.estimator}, but a causal model ({scorable.family}) masks nothing; use auto"
@@ -89,7 +98,7 @@ class ScoringConfig:
         if self.estimator == "ce_joint":
             raise ConfigError(
                 f"{what} reports a likelihood, and scoring.estimator = ce_joint bounds none (it can fall below the "
-                "entropy of the data); use nelbo_token, nelbo_subtoken or nll_chain"
+                "entropy of the data); use auto, or a nelbo or nll estimator"
             )
 
     def settings(self, scorable: Scorable) -> dict[str, Any]:

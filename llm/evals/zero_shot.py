@@ -11,13 +11,14 @@ from typing import Any
 
 import datasets
 from lm_eval.api.task import Task
+from lm_eval.utils import simple_parse_args_string
 
 from launch.errors import ConfigError
 from launch.runtime import Runtime
-from llm.data.fetch import model_folder
 from llm.data.packages import MODELS
 from llm.evals.baselines import Unigram, chance_metrics, unigram_metrics, unigram_of_dataset, unigram_of_prose
-from llm.evals.models import Scorable, open_scorable
+from llm.evals.generation import GenerationConfig, read_generation
+from llm.evals.models import Scorable, is_fetched, open_scorable
 from llm.evals.report import SCHEMA, format_comparison, format_table, write_results
 from llm.evals.run import harness_model, run_tasks
 from llm.evals.scoring import Request, ScoringConfig, score
@@ -34,6 +35,7 @@ def evaluate_models(options: argparse.Namespace, runtime: Runtime) -> None:
     given = {name: value for name in _SCORING if (value := getattr(options, name)) is not None}
     scoring = ScoringConfig(**given)
     scoring.check("--estimator, --draws, ...")
+    generation = read_generation(simple_parse_args_string(options.generation), source="--generation")
     names = [name for name in options.tasks.split(",") if name]
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit {options.limit}; the smallest is 1 document a task")
@@ -45,16 +47,24 @@ def evaluate_models(options: argparse.Namespace, runtime: Runtime) -> None:
         if key not in selections:
             selections[key] = runtime.together(lambda k=key: select(names, hub=options.data == "hub", heldout=k))
         selection = selections[key]
-        scorable = runtime.together(lambda r=run: open_model(r, runtime))
+        scorable = runtime.together(lambda r=run: open_scorable(r, runtime.device))
         if options.dry_run:
             words = runtime.decide(
-                partial(forecast, scorable, scoring, selection, limit=options.limit, processes=runtime.world_size)
+                partial(
+                    forecast,
+                    scorable,
+                    scoring,
+                    generation,
+                    selection,
+                    limit=options.limit,
+                    processes=runtime.world_size,
+                )
             )
             if runtime.is_main:
                 print(words)
             continue
         folder = output_folder(run, options.output)
-        model = harness_model(scorable, scoring, runtime, cache=folder / "scores")
+        model = harness_model(scorable, scoring, runtime, folder / "scores", generation)
         results = run_tasks(model, selection, runtime, limit=options.limit)
         path = runtime.decide(partial(record, run, model, selection, results, data, folder))
         if runtime.is_main:
@@ -71,14 +81,9 @@ def record(
 ) -> Path:
     """Complete the results of one model, and write them."""
     results["unmask"] = particulars(run, model, selection, results, data)
-    results["config"]["model_args"] = {"path": str(run), **dataclasses.asdict(model.scoring)}
+    of_generation = {f"generation.{name}": value for name, value in dataclasses.asdict(model.generation).items()}
+    results["config"]["model_args"] = {"path": str(run), **dataclasses.asdict(model.scoring), **of_generation}
     return write_results(folder, results)
-
-
-def open_model(run: str, runtime: Runtime) -> Scorable:
-    """A run, an exported folder, a model that `unmask data fetch` brings, or what transformers opens."""
-    is_fetched = run in MODELS and not Path(run).exists()
-    return open_scorable(model_folder(run) if is_fetched else run, runtime.device)
 
 
 def data_of(run: str, given: str | None) -> Path | None:
@@ -108,7 +113,7 @@ def particulars(
     unigram = _unigram(model, data)
     return {
         "schema": SCHEMA,
-        "name": Path(run).name,
+        "name": MODELS[run].title if is_fetched(run) else Path(run).name,
         "scoring": model.get_model_info()["scoring"],
         "likelihoods_are": "exact" if model.scorable.is_causal else "bounds, or chains where the estimator says so",
         "chance": chance_metrics(selection, results["samples"]),
@@ -136,10 +141,16 @@ def _unigram(model: Any, data: Path | None) -> Unigram | None:
 
 
 def forecast(
-    scorable: Scorable, scoring: ScoringConfig, selection: Selection, *, limit: int | None, processes: int
+    scorable: Scorable,
+    scoring: ScoringConfig,
+    generation: GenerationConfig,
+    selection: Selection,
+    *,
+    limit: int | None,
+    processes: int,
 ) -> str:
     """Documents, requests, inputs and time of each task, from scoring its first documents. One process."""
-    model = harness_model(scorable, scoring)
+    model = harness_model(scorable, scoring, generation=generation)
     lines = ["| task | documents | requests | inputs | time |", "|---|---|---|---|---|"]
     total = 0.0
     for name, task in selection.tasks.items():

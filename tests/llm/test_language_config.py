@@ -10,6 +10,9 @@ from launch import config as configs
 from launch.errors import ConfigError
 from launch.plan import facts
 from llm.config import DiffusionConfig, LanguageConfig
+from llm.diffusion.codec import build_codec
+from llm.diffusion.sampler import SamplerConfig
+from llm.generate import Language
 from llm.task import LanguageTask
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +106,22 @@ def test_the_share_of_whole_tokens_moves_evenly_to_its_last_value():
     falling = DiffusionConfig(granularity=2, objective="nelbo_subtoken", p_group=0.5, p_group_final=0.0)
     with pytest.raises(ConfigError, match="leaves part of the batch without a loss"):
         falling.objective_for(falling.codec(9))
+
+
+def test_a_model_trained_in_layers_draws_so_unless_another_order_is_named():
+    def language(order):
+        return Language(family="prime", codec=build_codec(9, 2), first_token=0, order=order)
+
+    assert language("layers").sampler(SamplerConfig()).order == "layers"
+    assert language("uniform").sampler(SamplerConfig()).order == "ancestral"
+    assert language("layers").sampler(SamplerConfig(order="confidence")).order == "confidence"
+    tree = {
+        **configs.to_dict(configs.load(LanguageConfig, TINY[0])[0]),
+        "diffusion": {"granularity": 2, "order": "layers", "objective": "nelbo_layered"},
+    }
+    assert configs.from_dict(LanguageConfig, tree, source="here").sampling.sampler.order is None
+    tree["sampling"] = {"sampler": {"group": "token"}}
+    with pytest.raises(ConfigError, match=r"sampling\.sampler\.group = token reveals no digits"):
+        configs.from_dict(LanguageConfig, tree, source="here")
+    tree["sampling"]["sampler"]["order"] = "confidence"
+    configs.from_dict(LanguageConfig, tree, source="here")

@@ -89,11 +89,10 @@ def assert_truthful(tree: Any) -> set[str]:
         assert not any("joint" in key for key in path), path
         for key in spoken:
             of_an_estimate = key in ("ppl", "ppl_se", "ppl_per_word") and holder.get("estimate") in get_args(ValidName)
-            assert VALID.fullmatch(key) or of_an_estimate, path
-        largest = {"ppl": 1e6, "ppl_se": 1e6, "ppl_per_word": 1e100}.get(
-            spoken[-1], ABSURD / 3
-        )  # words: several tokens
-        assert not number > largest, f"{path}: {number} comes from the joint loss"
+            of_texts = key in ("generative_ppl", "generative_ppl_se") and "unigram_entropy" in holder
+            assert VALID.fullmatch(key) or of_an_estimate or of_texts, path
+        largest = 1e100 if spoken[-1] == "ppl_per_word" else 1e6 if "ppl" in spoken[-1] else ABSURD / 3
+        assert not number > largest, f"{path}: {number} comes from the joint loss"  # a word is several tokens
         found |= set(spoken)
     return found
 
@@ -374,6 +373,14 @@ def test_a_joint_loss_has_no_perplexity_and_an_estimate_no_other_name() -> None:
         Estimate(name="loss_ce_joint", nats=1.0, monte_carlo_error=0.0, **made)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["generative_nll", "judge_ppl", "samples/ppl", "generative_ppl_joint", "sample_bits"])
+def test_what_a_judge_makes_of_samples_has_one_name_and_it_is_no_likelihood_of_the_model(name: str) -> None:
+    for allowed in ("generative_ppl", "samples/generative_ppl_se", "unigram_entropy"):
+        check_name(allowed)
+    with pytest.raises(ValueError, match=r"generative_ppl|no likelihood"):
+        check_name(name)
+
+
 @pytest.mark.parametrize("word", ["ppl", "perplexity", "nll", "nelbo", "bits_per_byte", "likelihood"])
 @pytest.mark.parametrize("joint", ["loss_ce_joint", "score_joint", "ce_joint"])
 def test_a_metric_that_sells_the_joint_loss_cannot_be_written(word: str, joint: str) -> None:
@@ -390,6 +397,7 @@ def test_the_walk_notices_what_it_is_there_for() -> None:
         {"estimate": "loss_ce_joint", "ppl": 3.0},
         {"nelbo_subtoken": ABSURD},
         {"nelbo_chunked": 2.0},
+        {"samples": {"generative_ppl": 40.0}},  # without its entropy
     ):
         with pytest.raises(AssertionError):
             assert_truthful(lie)

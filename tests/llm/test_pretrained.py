@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from launch.checkpoint import read_safetensors
-from launch.errors import CheckpointError, ConfigError, DataError
+from launch.errors import CheckpointError, ConfigError
 from launch.stop import EXIT_USER_ERROR
 from llm.data.codes import make_code
 from llm.pretrained import Pretrained, export, load_pretrained
@@ -47,19 +47,29 @@ def test_an_export_read_back_gives_the_same_logits(
     assert (ours.step, ours.weights) == (6, "ema" if family == "prime" else "model")
 
 
-def test_an_export_carries_the_code_of_its_tokens(tiny: Tiny, tmp_path: Path) -> None:
-    code, run = tmp_path / "code.json", tmp_path / "run"
+def test_a_run_and_its_export_carry_the_code_of_their_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    code, run = tmp_path / "codes.json", tmp_path / "run"
     make_code(tiny.data, "similarity", code)
     settings = ("diffusion.shuffle=false", "diffusion.order=layers", "diffusion.objective=nelbo_layered")
-    train(tiny.prime, 1, run, *settings, "diffusion.p_group=0", f"diffusion.code={code}")
+    settings = (*settings, "diffusion.p_group=0", f"diffusion.code={code}")
+    run.mkdir()
+    (run / "code.json").write_text("of an earlier start that came to no checkpoint")
+    train(tiny.prime, 1, run, *settings)
+    assert (run / "code.json").read_bytes() == code.read_bytes()
     export(run, tmp_path / "export")
     ours = load_pretrained(run, CPU)
     code.unlink()
-    again = load_pretrained(tmp_path / "export", CPU)
-    assert torch.equal(logits(again), logits(ours))
-    assert again.language.codec.sha256 == ours.language.codec.sha256
-    with pytest.raises(DataError, match=r"code.json is no table of codes"):
+    for again in (load_pretrained(tmp_path / "export", CPU), load_pretrained(run, CPU)):
+        assert torch.equal(logits(again), logits(ours))
+        assert again.language.codec.sha256 == ours.language.codec.sha256
+    train(tiny.prime, 1, run, *settings, "train.steps=8")  # goes on; the configuration still names the original
+    assert load_pretrained(run, CPU).step == 8
+    make_code(tiny.data, "frequency", code)
+    (run / "code.json").write_bytes(code.read_bytes())
+    with pytest.raises(CheckpointError, match="was made with another codec"):
         load_pretrained(run, CPU)
+    with pytest.raises(AssertionError, match="codec"):
+        train(tiny.prime, 1, run, *settings, "train.steps=10")
 
 
 @pytest.mark.parametrize(

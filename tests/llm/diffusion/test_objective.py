@@ -1,5 +1,7 @@
 """The training objectives: exact charges, mixtures, the l = 1 case, and a short training run on known data."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -13,18 +15,16 @@ from tests.llm.diffusion import enumeration as exact
 
 
 class TinyModel(nn.Module):
-    """A bidirectional two-layer transformer over tokens whose embeddings are the sums of their digits'."""
+    """A bidirectional transformer over tokens whose embeddings are the sums of their digits'."""
 
-    def __init__(self, codec: Codec, length: int, width: int = 32, seed: int = 0):
+    def __init__(self, codec: Codec, length: int, width: int = 32, layers: int = 2, seed: int = 0):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.digits = nn.ModuleList(nn.Embedding(codec.base + 1, width) for _ in range(codec.granularity))
             self.place = nn.Parameter(torch.randn(length, width))
-            layers = [
-                nn.TransformerEncoderLayer(width, 2, 64, dropout=0.0, batch_first=True, norm_first=True) for _ in "ab"
-            ]
-            self.blocks = nn.Sequential(*layers)
+            layer = partial(nn.TransformerEncoderLayer, dropout=0.0, batch_first=True, norm_first=True)
+            self.blocks = nn.Sequential(*(layer(width, 2, 64) for _ in range(layers)))
             self.norm = nn.LayerNorm(width)
             self.head = nn.Linear(width, codec.vocab_size)
 
@@ -295,11 +295,11 @@ def test_terms_that_do_not_suit_the_codec_or_the_masks_are_refused():
     ],
 )
 def test_training_on_known_data_reaches_its_entropy_in_every_bound_and_never_passes_it(granularity: int, terms: dict):
-    codec, joint = build_codec(4, granularity), exact.copy_joint()
-    entropy, size = exact.entropy(joint), 128
-    model, aim = TinyModel(codec, 2), MaskedObjective(terms=terms)
-    steps = 500
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    often = torch.tensor([0.4, 0.1, 0.1, 0.4], dtype=torch.float64)  # their two bits are equal with probability 0.8
+    joint = often.unsqueeze(-1) * (0.8 * torch.eye(4, dtype=torch.float64) + 0.2 * often)  # the second is often a copy
+    codec, entropy, size, steps = build_codec(4, granularity), exact.entropy(joint), 128, 200
+    model, aim = TinyModel(codec, 2, layers=1), MaskedObjective(terms=terms)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     sequences, weight = exact.all_sequences(4, 2), joint.flatten()
@@ -327,13 +327,13 @@ def test_training_on_known_data_reaches_its_entropy_in_every_bound_and_never_pas
         float((weight * bound(predict, codec, sequences)).sum())
         for bound in (exact.nelbo_subtoken, exact.nelbo_token, exact.joint_loss)
     )
-    assert entropy <= subtoken <= entropy + 0.05
-    assert entropy <= token <= entropy + 0.05
+    assert entropy <= subtoken <= entropy + 0.04
+    assert entropy <= token <= entropy + 0.04
     if granularity == 1:
         assert joint_loss == pytest.approx(subtoken)
     elif "ce_joint" in terms:
-        assert joint_loss < entropy  # the trap: this number looks better than the data allow
+        assert joint_loss < entropy - 0.1  # the trap: this number looks better than the data allow
 
     chain = likelihood.nll_chain(exact.as_backbone(predict, 4), sequences, codec).values[:, 0]
     assert float(torch.exp(-chain).sum()) == pytest.approx(1.0)
-    assert entropy <= float((weight * chain).sum()) <= entropy + 0.05
+    assert entropy <= float((weight * chain).sum()) <= entropy + 0.04

@@ -28,7 +28,7 @@ def test_every_mask_is_listed_with_its_weight_where_that_takes_no_more_than_the_
     units = length * (1 if name == "nelbo_token" else granularity)
     plan = regions.plan(name, length, granularity, draws=2**units - 1, uniform=refuse)
     expected = {tuple(mask.tolist()): exact.subset_weight(int(mask.sum()), units) for mask in exact.all_masks(units)}
-    found = {tuple(m.flatten().tolist()): float(w) for m, w in zip(plan.masks, plan.weights, strict=True)}
+    found = {tuple(m.flatten().tolist()): float(w) for m, w in zip(plan.masks, plan.weights[0], strict=True)}
     assert found == pytest.approx(expected) and plan.exact
     assert torch.equal(plan.charged, plan.masks.any(-1))
 
@@ -42,17 +42,17 @@ def test_drawn_masks_and_weights_are_those_of_the_evaluators_with_equal_ones_lis
     uniform, units = noise(draws)(1 + 8), torch.tensor([8])
     for draw in range(draws):
         mask, weight = likelihood.weighted_mask(uniform[draw : draw + 1], units, draw, draws, estimator, per_token=2)
-        assert torch.equal(plan.masks[plan.mask_of[draw]], mask[0])
-        assert float(plan.weights[draw]) == pytest.approx(float(weight), rel=1e-12)
+        assert torch.equal(plan.masks[plan.mask_of[draw, 0]], mask[0])
+        assert float(plan.weights[draw, 0]) == pytest.approx(float(weight), rel=1e-12)
     assert len(plan.masks) == len(plan.masks.flatten(1).unique(dim=0)) < draws and not plan.exact
 
 
 def test_counts_are_stratified_and_places_are_even() -> None:
     draws, length = 2400, 12
     plan = regions.plan("nelbo_token", length, 1, draws=draws, uniform=noise(draws))
-    masks = plan.masks[plan.mask_of][..., 0]
+    masks = plan.masks[plan.mask_of[:, 0], :, 0]
     assert masks.sum(-1).bincount().tolist() == [0] + [200] * length
-    assert plan.weights.tolist() == pytest.approx([length / int(mask.sum()) for mask in masks])
+    assert plan.weights[:, 0].tolist() == pytest.approx([length / int(mask.sum()) for mask in masks])
     by_place, share = masks.double().mean(0), (length + 1) / (2 * length)
     assert (by_place - share).abs().max() < 4 * math.sqrt(0.25 / draws)
 
@@ -62,7 +62,7 @@ def test_a_shorter_region_shares_the_ranks_of_a_longer_one() -> None:
     for length in (5, 6):
         plan = regions.plan("nelbo_token", length, 1, draws=9, uniform=lambda count: uniform[:, :count])
         for draw in range(9):
-            mask = plan.masks[plan.mask_of[draw], :, 0]
+            mask = plan.masks[plan.mask_of[draw, 0], :, 0]
             smallest = uniform[draw, 1 : 1 + length].argsort()[: int(mask.sum())]
             assert set(mask.nonzero()[:, 0].tolist()) == set(smallest.tolist())
 
@@ -72,6 +72,35 @@ def test_the_chain_hides_what_is_to_come_and_charges_one_token_a_row() -> None:
     assert plan.masks[..., 0].int().tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
     assert plan.charged.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert plan.draws(torch.tensor([[1.0, 2.0, 4.0]])).values.tolist() == [[7.0]]
+
+
+def test_each_layer_hides_all_that_is_behind_it_and_charges_what_it_hides_of_its_own() -> None:
+    plan = regions.plan("nelbo_layered", 2, 3, draws=3, uniform=refuse)
+    found = zip(plan.masks.int().tolist(), plan.charged.int().tolist(), plan.weights[0].tolist(), strict=True)
+    assert list(found) == [
+        ([[hidden * (j == layer) + (j > layer) for j in range(3)] for hidden in charged], charged, 0.5)
+        for layer in range(3)
+        for charged in ([1, 0], [0, 1], [1, 1])
+    ]
+
+
+@pytest.mark.parametrize("estimator", ["E1", "E2"])
+def test_the_plan_in_layers_is_the_layered_evaluator(estimator: likelihood.Estimator) -> None:
+    draws, length, codec = 12, 4, build_codec(7, 3)
+    uniform, model = noise(draws), exact.random_model(codec, length, seed=4)
+    backbone, tokens = exact.as_backbone(model, 7), torch.tensor([[3, 1, 6, 0]])
+
+    def of_layer(draw: int, count: int) -> Tensor:
+        return uniform(3 * count)[draw // 3, draw % 3 :: 3].unsqueeze(0)
+
+    expected = likelihood.nelbo_layered(backbone, tokens, codec, of_layer, draws=draws, estimator=estimator).values
+    plan = regions.plan("nelbo_layered", length, 3, draws=draws, uniform=uniform, estimator=estimator)
+    assert len(plan.masks) < 3 * draws
+    inputs = masking.hide(codec.encode(tokens), plan.masks, codec)
+    asked = Questions.of(plan.charged.flatten().nonzero()[:, 0], tokens.expand(len(inputs), -1)[plan.charged])
+    answers = regions.ask_digits(backbone, inputs, asked, codec, "first_digit")[:, 0]
+    charges = torch.zeros(len(inputs), dtype=torch.float64).index_add_(0, plan.charged.nonzero()[:, 0], answers)
+    torch.testing.assert_close(plan.draws(charges.unsqueeze(0)).values, expected, atol=1e-9, rtol=0.0)
 
 
 def test_one_place_may_be_asked_for_many_tokens_in_any_order_and_any_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +125,7 @@ def test_digits_are_charged_as_the_evaluators_charge_them(joint: bool) -> None:
     backbone, inputs = exact.as_backbone(model, 5), masking.hide(codec.encode(tokens), mask, codec)
     places = mask.any(-1).flatten().nonzero()[:, 0]
     asked = Questions.of(places, tokens.flatten()[places])
-    found = regions.ask_digits(backbone, inputs, asked, codec, joint=joint)[:, 0]
+    found = regions.ask_digits(backbone, inputs, asked, codec, "token" if joint else "digits")[:, 0]
     charge = likelihood.token_nll if joint else likelihood.digit_nll
     expected = charge(backbone, tokens, mask, codec)
     assert [float(found[0]), float(found[1] + found[2])] == pytest.approx(expected.tolist(), abs=1e-12)

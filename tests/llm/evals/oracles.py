@@ -38,21 +38,27 @@ class Known(nn.Module):
 
 
 def known(
-    predict: exact.Predict, codec: Codec, *, family: Family = "mdm", max_length: int = 64, tokens: Any = None
+    predict: exact.Predict,
+    codec: Codec,
+    *,
+    family: Family = "mdm",
+    max_length: int = 64,
+    tokens: Any = None,
+    order: Any = "uniform",
 ) -> Scorable:
-    """An oracle as a scorable; `tokens` is its tokenizer."""
+    """An oracle as a scorable; `tokens` is its tokenizer, `order` that in which digits are revealed."""
     found = tokens or tokenizer()
     return Scorable(
         family=family,
         model=Known(predict, codec.vocab_size),
-        language=Language(family=family, codec=codec, first_token=found.eos_id),  # type: ignore[arg-type]
+        language=Language(family=family, codec=codec, first_token=found.eos_id, order=order),  # type: ignore[arg-type]
         tokenizer=found,
         max_length=max_length,
         fingerprint="known",
     )
 
 
-def tiny(family: Family, *, max_length: int = 32, seed: int = 0, **changes: Any) -> Scorable:
+def tiny(family: Family, *, max_length: int = 32, seed: int = 0, order: Any = "uniform", **changes: Any) -> Scorable:
     """A real backbone with large random weights, so that contexts matter; `changes` are of its `ModelConfig`."""
     tokens = tokenizer()
     codec = build_codec(tokens.vocab_size, 3 if family == "prime" else 1, shuffle_seed=1 if family == "prime" else None)
@@ -71,7 +77,7 @@ def tiny(family: Family, *, max_length: int = 32, seed: int = 0, **changes: Any)
     return Scorable(
         family=family,
         model=model.eval().requires_grad_(False),
-        language=Language(family=family, codec=codec, first_token=tokens.eos_id),  # type: ignore[arg-type]
+        language=Language(family=family, codec=codec, first_token=tokens.eos_id, order=order),  # type: ignore[arg-type]
         tokenizer=tokens,
         max_length=max_length,
         fingerprint=f"tiny {family} {seed}",

@@ -51,8 +51,7 @@ def writer(words: Sequence[int], tokens: TextTokenizer, prompt: str, *, family: 
 
 
 @pytest.mark.parametrize("family", ["mdm", "prime"])
-@pytest.mark.parametrize("block_length", [1, 4, 5, None])
-@pytest.mark.parametrize("steps", [1, 2, None])
+@pytest.mark.parametrize(("block_length", "steps"), [(1, 1), (4, None), (5, 2), (None, 1)])
 @pytest.mark.parametrize("order", ["confidence", "random", "left_to_right"])
 def test_a_model_that_wants_one_string_writes_it_whatever_the_blocks_steps_and_order(
     family: str, block_length: int | None, steps: int | None, order: Any
@@ -174,6 +173,28 @@ def test_the_plan_of_a_text_does_not_depend_on_the_padding_of_its_batch(order: A
     config = GenerationConfig(length=10, block_length=5, order=order, group="digit", steps=4, temperature=1.0)
     alone = [continue_texts(model, [prompt], [], config)[0] for prompt in PROMPTS]
     assert continue_texts(model, PROMPTS, [], config) == alone
+
+
+def test_a_model_that_reveals_digits_in_layers_writes_each_block_so_unless_told_otherwise() -> None:
+    model, seen = tiny("prime", max_length=48, order="layers"), []
+    forward = model.model.forward
+
+    def spy(inputs: Tensor, *args: Any, **named: Any) -> Any:
+        seen.append(inputs == model.language.codec.mask_symbol)  # type: ignore[union-attr]
+        return forward(inputs, *args, **named)
+
+    model.model.forward = spy  # type: ignore[method-assign]
+    config = GenerationConfig(length=8, block_length=4)
+    text = continue_texts(model, ["the cat"], [], config)
+    ahead = [bool((hidden[..., :-1] & ~hidden[..., 1:]).any()) for hidden in seen]  # a digit behind a hidden one
+    partly = [bool((hidden.any(-1) & ~hidden.all(-1)).any()) for hidden in seen]
+    assert not any(ahead) and any(partly) and 8 < len(seen) <= 2 * 4 * 3
+    seen.clear()
+    assert text == continue_texts(model, ["the cat"], [], replace(config, order="layers", group="digit"))
+    continue_texts(model, ["the cat"], [], replace(config, order="confidence", group="token"))
+    assert not any(bool((hidden.any(-1) & ~hidden.all(-1)).any()) for hidden in seen[-8:])
+    with pytest.raises(ConfigError, match=r"generation\.order = layers .* generation\.group = token"):
+        continue_texts(model, ["the cat"], [], replace(config, group="token"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

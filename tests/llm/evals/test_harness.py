@@ -4,10 +4,8 @@ import math
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -22,6 +20,7 @@ from launch import runtime as runtimes
 from launch.errors import ConfigError
 from llm.data.tokenizers import train_bpe
 from llm.diffusion.codec import build_codec
+from llm.evals.generation import GenerationConfig, generate_until
 from llm.evals.harness import HarnessModel
 from llm.evals.models import HuggingFaceTokenizer, Scorable
 from llm.evals.scoring import ScoringConfig
@@ -203,19 +202,19 @@ def test_scores_are_those_of_the_harness_own_model_on_the_same_weights(kind: str
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
-def test_texts_are_continued_with_what_each_request_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def generate_until(_: Any, pairs: list[Any], config: Any, *, add_bos: bool, progress: Any) -> list[str]:
-        assert (config, add_bos) == ("config", False)
-        progress(len(pairs))
-        return [prompt.upper() + settings["until"] for prompt, settings in pairs]
-
-    generation = SimpleNamespace(generate_until=generate_until, GenerationConfig=lambda: "config")
-    monkeypatch.setitem(sys.modules, "llm.evals.generation", generation)
-    requests = [
-        Instance(request_type="generate_until", doc={}, arguments=(prompt, {"until": stop}), idx=0)
-        for prompt, stop in [("a", "x"), ("b", "y")]
-    ]
-    assert HarnessModel(tiny("ar"), ScoringConfig(add_bos=False)).generate_until(requests) == ["Ax", "By"]
+def test_texts_are_continued_with_what_each_request_asks_for_as_the_model_was_told_to() -> None:
+    scorable = tiny("mdm", max_length=48)
+    pairs = [("the cat", {"until": ["og"], "max_gen_toks": 4}), ("a dog", {"until": [], "max_gen_toks": 8})]
+    requests = [Instance(request_type="generate_until", doc={}, arguments=pair, idx=0) for pair in pairs]
+    found = []
+    for config in (GenerationConfig(), GenerationConfig(temperature=1.0, seed=4)):
+        model = HarnessModel(scorable, ScoringConfig(add_bos=False), config)
+        found.append(model.generate_until(requests, disable_tqdm=True))
+        assert found[-1] == generate_until(scorable, pairs, config, add_bos=False)
+        assert model.get_model_info()["generation"]["seed"] == config.seed
+    assert found[0] != found[1]
+    with pytest.raises(ConfigError, match=r"generation\.guidance = 0\.5"):
+        HarnessModel(tiny("ar"), generation=GenerationConfig(guidance=0.5))
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -359,17 +358,20 @@ def test_a_cache_is_not_served_to_another_checkpoint_seed_or_estimator(tmp_path:
 
 
 def test_the_command_line_of_the_harness_builds_the_model_by_name(runs: dict[str, Path], tmp_path: Path) -> None:
-    found = spawn(_from_arguments, 1, f"path={runs['mdm']},draws=4,estimator=nll_chain,cache={tmp_path}", group=False)
-    assert found == [("mdm", 4, "nll_chain")]
-    with pytest.raises(RankFailed, match="unknown key 'draw'; did you mean 'draws'"):
-        spawn(_from_arguments, 1, f"path={runs['mdm']},draw=4", group=False)
-    with pytest.raises(RankFailed, match="needs --model_args path=RUN"):
-        spawn(_from_arguments, 1, "draws=4", group=False)
+    arguments = f"path={runs['mdm']},draws=4,estimator=nll_chain,cache={tmp_path},generation.steps=3"
+    assert spawn(_from_arguments, 1, arguments, group=False) == [("mdm", 4, "nll_chain", 3)]
+    for text, words in (
+        ("path=RUN,draw=4", "unknown key 'draw'; did you mean 'draws'"),
+        ("path=RUN,generation.step=4", "unknown key 'generation.step'; did you mean 'generation"),
+        ("draws=4", "needs --model_args path=RUN"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            _from_arguments(text)
 
 
-def _from_arguments(text: str) -> tuple[str, int, str]:
+def _from_arguments(text: str) -> tuple[str, int, str, int | None]:
     from lm_eval.api.registry import get_model
 
     model = get_model("unmask").create_from_arg_string(text, {"batch_size": 1, "device": "cpu"})
     assert isinstance(model, HarnessModel)
-    return model.scorable.family, model.scoring.draws, model.scoring.estimator
+    return model.scorable.family, model.scoring.draws, model.scoring.estimator, model.generation.steps

