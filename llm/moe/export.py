@@ -12,6 +12,7 @@ from torch import Tensor
 
 from launch import config as configs
 from launch.checkpoint import layout, publish, stream, write_safetensors
+from llm.data import tokenizers
 from llm.moe.architectures import MoeShape
 from llm.moe.config import MoeExperiment
 from llm.moe.experts import Experts
@@ -60,7 +61,7 @@ def export(run: Path, to: Path, *, step: int | None = None, dtype: torch.dtype =
     with publish(to) as folder:
         write_safetensors(on_disk(stream(checkpoint, prefix), task.shape), folder, dtype=dtype)
         (folder / "config.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
-        task.stream.tokenizer.save(folder)
+        tokenizers.load(run).save(folder)
         _open(folder)
     return step
 

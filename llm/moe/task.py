@@ -222,6 +222,11 @@ class MoeTask:
     def _validation(self) -> list[TokenDataset]:
         return open_datasets(self.config.data, "validation")
 
+    def keep_files(self, folder: Path) -> None:
+        """The tokenizer, by which `unmask export` makes a folder that stock tools open."""
+        assert self.stream is not None
+        self.stream.tokenizer.save(folder)
+
     # --- facts -------------------------------------------------------------------------------------------------------
 
     def identity(self) -> Mapping[str, Any]:
