@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -91,8 +92,8 @@ def _open(folder: Path) -> None:
     """Raises unless transformers finds every weight."""
     from transformers import AutoModelForCausalLM
 
-    _, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    problems = {key: names for key, names in found.items() if names}
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    problems = {key: names for key, names in opened[1].items() if names}
     if problems:
         raise AssertionError(f"transformers does not open what was exported: {problems}")
 

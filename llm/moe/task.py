@@ -29,7 +29,7 @@ class Mixture(nn.Module):
 
         super().__init__()
         config._attn_implementation = "sdpa"
-        self.model: Any = AutoModelForCausalLM.from_config(config)
+        self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self._deviation = config.initializer_range
         self.model.model.rotary_emb = _Rotary(self.model.model.rotary_emb)
 

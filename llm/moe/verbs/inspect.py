@@ -9,7 +9,7 @@ import numpy as np
 
 from launch.errors import ConfigError
 from llm.moe.calibrate import statistics_file
-from llm.moe.clustering import Dendrogram, Linkage, dendrogram, labels
+from llm.moe.clustering import Dendrogram, Labels, Linkage, dendrogram, labels
 from llm.moe.recipe import MergeConfig
 from llm.moe.representations import Array, combined, distances
 from llm.moe.statistics import LayerStatistics, load_statistics
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def cluster_table(found: Array, statistics: LayerStatistics) -> str:
+def cluster_table(found: Labels, statistics: LayerStatistics) -> str:
     shares = statistics.frequency().numpy()
     lines = ["| cluster | experts | share of selections |", "|---|---|---|"]
     for cluster in range(int(found.max()) + 1):
