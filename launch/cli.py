@@ -166,17 +166,27 @@ def _on_run(verb: str, argv: Sequence[str]) -> int:
                 f"found no run folder (with a config.yaml) nor exported folder (with a config.json) among "
                 f"{', '.join(map(repr, named))}; {_VERBS[verb]}"
             )
-    return _module_main(f"{room}.{_MODULES[verb]}", argv)
+    module = f"{room}.{_MODULES[verb]}"
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ConfigError(
+            f"there is no `unmask {verb}` for runs of {room}.train; if `unmask export` writes them as a Hugging Face "
+            f"folder, `unmask {verb}` may take that"
+        ) from None
+    return _module_main(module, argv)
 
 
 def _room(name: str) -> str | None:
     """The room that a run folder or an exported folder belongs to; None for anything else (a prompt, say)."""
     run, exported = os.path.join(name, "config.yaml"), os.path.join(name, "config.json")
     if os.path.exists(run):  # not Path.exists, which raises where a prompt is too long for a file name
-        return configs.entry_module(Path(run)).split(".")[0]
+        return configs.entry_module(Path(run)).removesuffix(".train")
     if os.path.exists(exported):
         described = json.loads(Path(exported).read_text()).get("unmask_config", {})
-        return str(described.get("entry", "llm.train")).split(".")[0]
+        return str(described.get("entry", "llm.train")).removesuffix(".train")
     return None
 
 

@@ -37,8 +37,11 @@ _COUNT_UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SECOND_UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> tuple[T, dict[str, str]]:
-    """The configuration in `path` with `overrides` ("a.b=3") applied, and the source of each value by dotted key."""
+def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[T, dict[str, str]]:
+    """The configuration in `path` with `overrides` ("a.b=3") applied, and the source of each value by dotted key.
+
+    Without a path all but the overrides is left to the schema.
+    """
     sources: dict[str, str] = {}
     tree = read_tree(path, overrides, sources)
     return _checked(schema, tree, sources), sources
@@ -61,10 +64,12 @@ def read_yaml(path: str | Path, sources: dict[str, str] | None = None) -> dict[s
     return _read_yaml(Path(path), {} if sources is None else sources, ())
 
 
-def read_tree(path: str | Path, overrides: Sequence[str] = (), sources: dict[str, str] | None = None) -> dict[str, Any]:
+def read_tree(
+    path: str | Path | None, overrides: Sequence[str] = (), sources: dict[str, str] | None = None
+) -> dict[str, Any]:
     """`read_yaml` with the overrides applied: the plain data of an experiment whose schema need not be at hand."""
     sources = {} if sources is None else sources
-    tree = read_yaml(path, sources)
+    tree = {} if path is None else read_yaml(path, sources)
     for text in overrides:
         _apply_override(tree, text, sources)
     return tree
@@ -89,7 +94,7 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def entry_module(path: str | Path) -> str:
     """The training module of the room that an experiment names."""
     entry = read_yaml(path).get("entry")
-    if not isinstance(entry, str) or not re.fullmatch(r"[a-z_]+\.train", entry):
+    if not isinstance(entry, str) or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*\.train", entry):
         raise ConfigError(f"{path}: entry = {entry!r}; it names the room's training module, for example llm.train")
     return entry
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from launch import entry
 from launch.checkpoint import stream
 from launch.errors import DataError
+from launch.experiment import Experiment
 from launch.metrics import read_metrics
 from launch.stop import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
 from llm.config import LanguageConfig
@@ -223,8 +224,8 @@ class Ended:
 class Ranks:
     """`world` processes of one training run.
 
-    `task` is importable, `fault` an UNMASK_FAULT, no file may grow beyond `largest_file` bytes, and rank r lives on
-    `hosts[r]` (see tests/cable.py).
+    `schema` and `task` are importable, `fault` an UNMASK_FAULT, no file may grow beyond `largest_file` bytes, and rank
+    r lives on `hosts[r]` (see tests/cable.py).
     """
 
     def __init__(
@@ -233,6 +234,7 @@ class Ranks:
         world: int,
         run: Path,
         *overrides: str,
+        schema: type[Experiment] = LanguageConfig,
         task: Callable[..., Any] = LanguageTask,
         fault: str | None = None,
         largest_file: int | None = None,
@@ -240,7 +242,7 @@ class Ranks:
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="unmask-ranks-")
         argv = [str(config), f"run.dir={run}", *overrides]
-        payload = pickle.dumps((argv, task, fault, largest_file, hosts, dict(os.environ)))
+        payload = pickle.dumps((argv, schema, task, fault, largest_file, hosts, dict(os.environ)))
         self._processes = [
             _CONTEXT.Process(target=_rank_main, args=(payload, rank, world, self._folder.name)) for rank in range(world)
         ]
@@ -323,7 +325,7 @@ def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
     output = os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    argv, task, fault, largest_file, hosts, environment = pickle.loads(payload)
+    argv, schema, task, fault, largest_file, hosts, environment = pickle.loads(payload)
     os.environ.clear()  # the fork server keeps the environment of its own start
     os.environ.update(environment)
     if world > 1:
@@ -339,7 +341,7 @@ def _rank_main(payload: bytes, rank: int, world: int, folder: str) -> None:
         cable.enter(hosts[rank])
     torch.set_num_threads(1)
     entry.write_report = lambda folder, sections: folder  # its pictures take longer than the run
-    sys.exit(entry.main(LanguageConfig, task, argv))
+    sys.exit(entry.main(schema, task, argv))
 
 
 def command(

@@ -377,8 +377,8 @@ def prepare_blocks(model: TrainableModel, config: EngineConfig) -> None:
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     """A function and not a `partial`, in front of which torch.compile gives up without a word (torch 2.13)."""
 
-    def checkpointed(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
     return checkpointed
 

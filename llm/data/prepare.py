@@ -32,7 +32,7 @@ def prepare(
     `tokenizer` is a fetched one ("gpt2"), a tokenizer.json or a folder with one, or "bpe:N" to learn N entries from the
     training documents.
     """
-    opened = [_open(name, format=format, text_field=text_field, cache=cache) for name in inputs]
+    opened = [open_named(name, format=format, text_field=text_field, cache=cache) for name in inputs]
     sources = [source for item in opened for source in item.sources]
     for source in sources:
         if sum(other.name == source.name for other in sources) > 1:
@@ -65,7 +65,8 @@ def prepare(
     return manifest
 
 
-def _open(name: str, *, format: str | None, text_field: str, cache: Path | None) -> Input:
+def open_named(name: str, *, format: str | None, text_field: str, cache: Path | None = None) -> Input:
+    """A fetched corpus by its name, or a file or folder (`open_input`)."""
     if name in CORPORA:
         return open_corpus(fetch.corpus_folder(name, cache))
     return open_input(name, format=format, text_field=text_field)

@@ -1,0 +1,1 @@
+"""Fewer experts for sparse mixture-of-experts models, without training: HC-SMoE and what it is compared with."""

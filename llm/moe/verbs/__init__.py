@@ -1,0 +1,1 @@
+"""The verbs of `unmask moe`, a module each."""

@@ -1,0 +1,95 @@
+"""`unmask moe merge MODEL --statistics STATISTICS --out MERGED key=value ...`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import config as configs
+from launch import runtime as runtimes
+from launch.errors import ConfigError
+from launch.local import run_local
+from llm.moe.clustering import check_clusters
+from llm.moe.merge import merge
+from llm.moe.recipe import MergeConfig
+from llm.moe.source import Source, open_source
+
+_PATIENCE_S = 24 * 3600.0
+_EXAMPLES = """\
+examples:
+  unmask moe merge models/mixtral-8x7b --statistics statistics/mixtral --out merged/hc4 experts=4
+  unmask moe merge models/mixtral-8x7b --statistics statistics/mixtral --out merged/single4 experts=4 linkage=single
+  unmask moe merge models/qwen3-30b --statistics statistics/qwen3 --out merged/reap64 \\
+      --recipe configs/llm/moe/recipes/reap.yaml experts=64
+keys and their meanings: unmask moe merge --explain
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _parser().parse_intermixed_args(argv)
+    config, sources = configs.load(MergeConfig, options.recipe, options.overrides)
+    if options.explain:
+        print(configs.explain(config, sources, None))
+        return 0
+    if options.model is None or options.statistics is None or options.out is None:
+        raise ConfigError("unmask moe merge needs MODEL, --statistics and --out; see unmask moe merge --help")
+    source = open_source(options.model)
+    check_clusters(config.experts, source.shape.num_experts)
+    if options.dry_run:
+        print(forecast(source, config))
+        return 0
+    if options.nproc < 1:
+        raise ConfigError(f"--nproc {options.nproc}; the smallest is 1")
+    if options.nproc > 1 and "RANK" not in os.environ:
+        return run_local([sys.executable, "-m", "launch", "moe", "merge", *argv], options.nproc)
+    runtime = runtimes.start(device=options.device, timeout_seconds=_PATIENCE_S)
+    try:
+        merge(source, options.statistics, config, options.out, runtime)
+        runtime.barrier()
+        if runtime.is_main:
+            print(f"{options.out}: {len(source.shape.moe_layers)} layers; next: unmask moe export {options.out}")
+    finally:
+        runtime.close()
+    return 0
+
+
+def forecast(source: Source, config: MergeConfig) -> str:
+    """Sizes, and whether the text is read again."""
+    shape = source.shape
+    saved = (shape.num_experts - config.experts) * len(shape.moe_layers) * shape.expert_parameters
+    total = sum((source.folder / file).stat().st_size for file in set(source.shards.values()))
+    sample = source.tensor(shape.architecture.expert(shape.moe_layers[0], 0, "down"))
+    size = total - saved * sample.element_size()
+    return "\n".join(
+        [
+            f"experts     {shape.num_experts} -> {config.experts} in {len(shape.moe_layers)} layers",
+            f"parameters  {saved:,} fewer; those that work on a token stay as many ({shape.rule.top_k} experts)",
+            f"size        {total:,} -> {size:,} bytes in the compact format",
+            f"text        {'goes through the layers again' if config.reads_tokens else 'is not read again'}",
+        ]
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unmask moe merge",
+        description=(
+            "Make fewer experts of those of each layer from the statistics of `unmask moe calibrate`, one layer in "
+            "memory. Killed, the same command goes on with the next layer; the model itself is never touched."
+        ),
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", type=Path, nargs="?", metavar="MODEL", help="the Hugging Face folder that was calibrated"
+    )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the recipe: experts=4 ...")
+    parser.add_argument("--statistics", type=Path, metavar="STATISTICS", help="folder of `unmask moe calibrate`")
+    parser.add_argument("--out", type=Path, metavar="MERGED", help="folder of the merged layers")
+    parser.add_argument("--recipe", type=Path, metavar="YAML", help="a recipe: configs/llm/moe/recipes/*.yaml")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine (1)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what comes out, stop")
+    parser.add_argument("--explain", action="store_true", help="print all keys of a recipe with values and meanings")
+    return parser
