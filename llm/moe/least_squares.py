@@ -143,7 +143,7 @@ def least_squares(
                 else:
                     cluster = (layer.expert_map == label).nonzero(as_tuple=True)[0]
                     aim = gated_sum(experts, cluster, batch.hidden[rows], gates[rows])
-                    residual = aim - functional.linear(features, merged.down[label])
+                    residual = aim - functional.linear(features, merged.down[label].to(features.dtype))
                 parts[part] = added(parts[part], equations(features, residual, aim))
         seen, unseen = (part and part.summed(reduce) for part in parts)
         assert seen is not None
@@ -154,7 +154,8 @@ def least_squares(
         if missing is not None:
             for batch, left in zip(batches, missing, strict=True):
                 gates = member_gates(layer, label, batch, rule, alpha)
-                left -= functional.linear(gated_features(merged, label, batch.hidden, gates), merged.down[label] - old)
+                change = (merged.down[label].double() - old.double()).to(left.dtype)
+                left -= functional.linear(gated_features(merged, label, batch.hidden, gates), change)
     return layer, fits
 
 

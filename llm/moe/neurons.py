@@ -75,7 +75,7 @@ def choose_neurons(
                 hidden, total = batch.hidden[rows], gate[rows].sum(1, keepdim=True)
                 aim = gated_sum(experts, cluster, hidden, gate[rows])
                 begun += (aim - total * merged.output(label, hidden)).double().square().sum().cpu()
-                side, other = functional.linear(hidden, candidates.gate_up).chunk(2, dim=-1)
+                side, other = functional.linear(hidden, candidates.gate_up.to(hidden.dtype)).chunk(2, dim=-1)
                 parts[part] = added(parts[part], equations(functional.silu(side) * other * total, aim, aim))
         seen, unseen = (part and part.summed(reduce) for part in parts)
         assert seen is not None

@@ -66,6 +66,19 @@ def merged(calibrated: Path, out: Path, **recipe: object) -> Source:
 
 
 @recipes
+def test_every_recipe_merges_weights_in_half_precision(recipe: dict[str, object], tmp_path: Path) -> None:
+    """They are computed with in single precision, which is where types could meet that do not mix."""
+    mixtures.mixture("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    source = open_source(tmp_path / "model")
+    calibrate(source, lambda: TEXT, tmp_path / "statistics", alone())
+    merged(tmp_path, tmp_path / "merged", **recipe)
+    for index in source.shape.moe_layers:
+        layer = load_layer(tmp_path / "merged", index)
+        assert layer.experts.down.dtype == layer.experts.gate_up.dtype == torch.bfloat16
+        assert layer.experts.down.isfinite().all() and layer.experts.gate_up.isfinite().all()
+
+
+@recipes
 def test_every_recipe_leaves_as_many_experts_as_were_asked_for(
     recipe: dict[str, object], calibrated: Path, tmp_path: Path
 ) -> None:
