@@ -154,8 +154,8 @@ def least_squares(
         if missing is not None:
             for batch, left in zip(batches, missing, strict=True):
                 gates = member_gates(layer, label, batch, rule, alpha)
-                change = (merged.down[label].double() - old.double()).to(left.dtype)
-                left -= functional.linear(gated_features(merged, label, batch.hidden, gates), change)
+                moved = (merged.down[label].double() - old.double()).to(left.dtype)
+                left -= functional.linear(gated_features(merged, label, batch.hidden, gates), moved)
     return layer, fits
 
 
