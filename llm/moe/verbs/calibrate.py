@@ -1,21 +1,18 @@
 """`unmask moe calibrate MODEL --data TEXT --out STATISTICS`."""
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import runtime as runtimes
 from launch.errors import ConfigError
-from launch.local import run_local
+from launch.runtime import Runtime
 from llm.moe.architectures import MoeShape
 from llm.moe.assemble import load_tokenizer
 from llm.moe.calibrate import calibrate
 from llm.moe.calibration_text import CalibrationConfig, build_text
 from llm.moe.source import Source, open_source
+from llm.moe.verbs.ranks import on_ranks
 
-_PATIENCE_S = 24 * 3600.0
 _EXAMPLES = """\
 examples:
   unmask moe calibrate models/mixtral-8x7b --data c4.jsonl --out statistics/mixtral --dry-run
@@ -44,19 +41,18 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         print(forecast(source, config, options.nproc))
         return 0
-    if options.nproc < 1:
-        raise ConfigError(f"--nproc {options.nproc}; the smallest is 1")
-    if options.nproc > 1 and "RANK" not in os.environ:
-        return run_local([sys.executable, "-m", "launch", "moe", "calibrate", *argv], options.nproc)
-    runtime = runtimes.start(device=options.device, timeout_seconds=_PATIENCE_S)
-    try:
-        calibrate(source, lambda: build_text(config, load_tokenizer(options.model)), options.out, runtime)
-        runtime.barrier()
-        if runtime.is_main:
-            print(f"{options.out}: statistics of {len(source.shape.moe_layers)} layers")
-    finally:
-        runtime.close()
-    return 0
+    return on_ranks(
+        "calibrate",
+        argv,
+        processes=options.nproc,
+        device=options.device,
+        work=lambda runtime: _calibrate(source, config, options, runtime),
+        done=f"{options.out}: statistics of {len(source.shape.moe_layers)} layers",
+    )
+
+
+def _calibrate(source: Source, config: CalibrationConfig, options: argparse.Namespace, runtime: Runtime) -> None:
+    calibrate(source, lambda: build_text(config, load_tokenizer(options.model)), options.out, runtime)
 
 
 def forecast(source: Source, config: CalibrationConfig, ranks: int) -> str:

@@ -1,21 +1,17 @@
 """`unmask moe merge MODEL --statistics STATISTICS --out MERGED key=value ...`."""
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch import config as configs
-from launch import runtime as runtimes
 from launch.errors import ConfigError
-from launch.local import run_local
 from llm.moe.clustering import check_clusters
 from llm.moe.merge import merge
 from llm.moe.recipe import MergeConfig
 from llm.moe.source import Source, open_source
+from llm.moe.verbs.ranks import on_ranks
 
-_PATIENCE_S = 24 * 3600.0
 _EXAMPLES = """\
 examples:
   unmask moe merge models/mixtral-8x7b --statistics statistics/mixtral --out merged/hc4 experts=4
@@ -39,19 +35,14 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         print(forecast(source, config))
         return 0
-    if options.nproc < 1:
-        raise ConfigError(f"--nproc {options.nproc}; the smallest is 1")
-    if options.nproc > 1 and "RANK" not in os.environ:
-        return run_local([sys.executable, "-m", "launch", "moe", "merge", *argv], options.nproc)
-    runtime = runtimes.start(device=options.device, timeout_seconds=_PATIENCE_S)
-    try:
-        merge(source, options.statistics, config, options.out, runtime)
-        runtime.barrier()
-        if runtime.is_main:
-            print(f"{options.out}: {len(source.shape.moe_layers)} layers; next: unmask moe export {options.out}")
-    finally:
-        runtime.close()
-    return 0
+    return on_ranks(
+        "merge",
+        argv,
+        processes=options.nproc,
+        device=options.device,
+        work=lambda runtime: merge(source, options.statistics, config, options.out, runtime),
+        done=f"{options.out}: {len(source.shape.moe_layers)} layers; next: unmask moe export {options.out}",
+    )
 
 
 def forecast(source: Source, config: MergeConfig) -> str:
