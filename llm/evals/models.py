@@ -169,6 +169,9 @@ def _is_ours(path: Path) -> bool:
 def _open_huggingface(name: str, device: torch.device, dtype: torch.dtype) -> Scorable:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from llm.moe import modeling
+
+    modeling.register()  # models of merged experts carry the code of these classes, which is not run
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         tokenizer = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))

@@ -1,5 +1,6 @@
 """Every kind of model opens by the same call, and no two share a fingerprint."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 
 from launch.errors import ConfigError
 from llm.evals.models import HuggingFaceTokenizer, open_scorable
+from llm.moe.experts import MergedLayer
+from llm.moe.formats import FinishedLayer, plan, write
+from llm.moe.source import open_source
 from llm.pretrained import export
 from tests.runs import Tiny
+from tests.shape_true import write_shape
 
 CPU = torch.device("cpu")
 
@@ -65,3 +70,16 @@ def test_a_stock_folder_opens_as_a_hugging_face_model(runs: dict[str, Path], tin
 def test_a_folder_that_holds_no_model_is_refused_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{tmp_path} is neither a run folder"):
         open_scorable(tmp_path, CPU)
+
+
+def test_a_model_of_merged_experts_opens_with_our_classes_and_not_with_the_code_it_brings(tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    source = open_source(write_shape(tmp_path / "source", "mixtral-8x7b", layers=1, **small))
+    merged = MergedLayer(expert_map=torch.arange(8) % 2, experts=source.experts(0).take(torch.tensor([0, 1])))
+    write(plan(source, "compact", {0: 2}), tmp_path / "compact", [FinishedLayer(index=0, merged=merged)], lambda _: {})
+    settings = tmp_path / "compact" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "!"}))
+    (tmp_path / "compact" / "modeling.py").write_text("raise AssertionError('this code was run')")
+    opened = open_scorable(tmp_path / "compact", CPU)
+    assert opened.family == "huggingface"
+    assert opened.model.model.layers[0].mlp.experts.down_proj.shape == (2, 32, 48)  # type: ignore[union-attr]
