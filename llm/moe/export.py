@@ -1,6 +1,7 @@
 """`unmask export RUN` for a run of llm.moe.train: the stock Hugging Face folder that merging starts from."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,8 +49,9 @@ def export(run: Path, to: Path, *, step: int | None = None, dtype: torch.dtype =
     """Write the new folder `to` and open it with transformers; the step of the checkpoint."""
     tree = yaml.safe_load((run / "config.yaml").read_text())
     config = configs.from_dict(MoeExperiment, tree, source=str(run / "config.yaml"))
-    task = MoeTask(config, torch.device("cpu"))
-    assert task.stream is not None
+    tokenizer = tokenizers.load(run)  # the data may be gone
+    data = dataclasses.replace(config.data, vocab_size=tokenizer.vocab_size)
+    task = MoeTask(dataclasses.replace(config, data=data), torch.device("cpu"), open_data=False)
     step = newest_step(run) if step is None else step
     prefix = "ema." if config.engine.ema_decay is not None else "model."
     checkpoint = run / "checkpoints" / layout.step_name(step)
@@ -57,12 +59,14 @@ def export(run: Path, to: Path, *, step: int | None = None, dtype: torch.dtype =
     described = task.model_config.to_dict() | {
         "architectures": [f"{kinds[task.shape.architecture.model_type]}ForCausalLM"],
         "dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
         **dict.fromkeys(task.shape.architecture.count_keys, task.shape.num_experts),
     }
     with publish(to) as folder:
         write_safetensors(on_disk(stream(checkpoint, prefix), task.shape), folder, dtype=dtype)
-        (folder / "config.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
-        tokenizers.load(run).save(folder)
+        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+        tokenizer.save(folder)
         _open(folder)
     return step
 

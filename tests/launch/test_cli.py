@@ -40,6 +40,16 @@ def test_a_prompt_longer_than_a_file_name_is_no_folder(tmp_path: Path, called: l
     assert called == [["word " * 1000, str(tmp_path)]]
 
 
+def test_a_room_that_evaluates_nothing_itself_says_so_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "config.yaml").write_text("entry: llm.moe.train\n")
+    assert cli.main(["eval", str(tmp_path)]) == EXIT_USER_ERROR
+    answer = capsys.readouterr().err
+    assert answer.startswith("error: there is no `unmask eval` for runs of llm.moe.train; if `unmask export` writes")
+    assert answer.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
