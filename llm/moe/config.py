@@ -9,6 +9,8 @@ from launch.experiment import Experiment
 from llm.data.stream import DataConfig
 from llm.moe.architectures import ARCHITECTURES
 
+ROW = 8  # rows of whole 16 bytes in bf16, which torch's grouped matrix product of all experts wants
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoeModelConfig:
@@ -37,6 +39,9 @@ class MoeModelConfig:
                 f"{path}.heads = {self.heads} must divide {path}.width = {self.width}, and be a multiple of "
                 f"{path}.kv_heads = {self.kv_heads}"
             )
+        for name in ("width", "expert_width"):
+            if (value := getattr(self, name)) % ROW:
+                raise ConfigError(f"{path}.{name} = {value}; grouped matrix products take multiples of {ROW}")
         if self.width // self.heads % 2:
             raise ConfigError(
                 f"{path}.width / {path}.heads = {self.width // self.heads} must be even: positions rotate features in "

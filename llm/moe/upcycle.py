@@ -22,6 +22,7 @@ from launch.checkpoint import publish, read_safetensors, write_safetensors
 from launch.errors import ConfigError
 from launch.random import generator, stream_key
 from llm.moe.architectures import ARCHITECTURES, layer_prefix, read_config
+from llm.moe.config import ROW
 
 Kind = Literal["mixtral", "qwen2_moe"]
 _ROUTER_DEVIATION = 0.02
@@ -46,6 +47,8 @@ class UpcycleConfig:
             raise ConfigError(f"--top-k {self.top_k}; a token selects 1 to {self.experts} experts")
         if self.noise < 0:
             raise ConfigError(f"--noise {self.noise}; the smallest is 0, which leaves all experts equal")
+        if self.expert_width is not None and self.expert_width < 1:
+            raise ConfigError(f"--expert-width {self.expert_width}; the smallest is 1")
         if self.every < 1:
             raise ConfigError(f"--every {self.every}; the smallest is 1, which gives experts to all layers")
         foreign = {"mixtral": {"every": 1, "expert_width": None}, "qwen2_moe": {"noise": 0.0}}[self.kind]
@@ -75,6 +78,11 @@ def _mixture_config(dense: Any, folder: Path, upcycling: UpcycleConfig) -> dict[
         raise ConfigError(
             f"{folder} is a {dense.model_type!r} model; only a Llama with silu and without biases can be upcycled"
         )
+    if upcycling.every > dense.num_hidden_layers:
+        raise ConfigError(
+            f"--every {upcycling.every} gives experts to none of the {dense.num_hidden_layers} layers of {folder}; the "
+            f"largest is {dense.num_hidden_layers}, which gives them to the last"
+        )
     architecture = ARCHITECTURES[upcycling.kind]
     kept = (
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -90,10 +98,13 @@ def _mixture_config(dense: Any, folder: Path, upcycling: UpcycleConfig) -> dict[
     }
     if upcycling.kind == "mixtral":
         return config | {"sliding_window": None}
+    inner = upcycling.expert_width or dense.intermediate_size // upcycling.top_k
+    if inner % ROW:
+        raise ConfigError(f"--expert-width {inner}; grouped matrix products take multiples of {ROW}")
     return config | {
         "qkv_bias": False,
         "shared_expert_intermediate_size": dense.intermediate_size,
-        "moe_intermediate_size": upcycling.expert_width or dense.intermediate_size // upcycling.top_k,
+        "moe_intermediate_size": inner,
         "norm_topk_prob": False,
         "decoder_sparse_step": upcycling.every,
         "mlp_only_layers": [],

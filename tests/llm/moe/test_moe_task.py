@@ -296,7 +296,7 @@ def test_recomputed_activations_leave_the_losses_as_they_are(
 
 
 def dense(folder: Path, **changes: Any) -> Path:
-    settings = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    settings = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -382,7 +382,9 @@ def test_a_start_that_is_no_mixture_or_no_folder_is_refused(tiny_mixtures: TinyM
         (("model.shared_width=8",), "model.shared_width = 8: only qwen2_moe has a shared expert"),
         (("model.experts=0", "model.top_k=0"), "model.experts = 0; the smallest is 1"),
         (("model.expert_width=0",), "model.expert_width = 0; the smallest is 1"),
-        (("model.width=10",), r"model.width / model.heads = 5 must be even"),
+        (("model.width=24", "model.heads=8"), r"model.width / model.heads = 3 must be even"),
+        (("model.width=20",), r"model.width = 20; grouped matrix products take multiples of 8"),
+        (("model.expert_width=12",), r"model.expert_width = 12; grouped matrix products take multiples of 8"),
         (("evaluation.batch=0",), "evaluation.batch = 0; the smallest is 1"),
         (("evaluation.sequences=0",), "evaluation.sequences = 0; the smallest is 1"),
         (("data.block_length=1",), r"data.block_length = 1; the first token of a block is given"),
