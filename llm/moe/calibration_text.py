@@ -9,13 +9,12 @@ import hashlib
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launch.errors import ConfigError, DataError
@@ -84,7 +83,7 @@ def load_text(path: Path) -> CalibrationText:
         with safe_open(path, framework="pt") as file:
             sources = tuple((file.metadata() or {}).get("sources", "").splitlines())
             return CalibrationText(blocks=file.get_tensor("blocks"), sources=sources)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}); calibrate into another folder") from None
 
 
@@ -115,9 +114,8 @@ def _blocks(
     opened: Input, name: str, wanted: int, config: CalibrationConfig, tokenizer: Any, split: Split
 ) -> np.ndarray:
     """int64 [wanted, block_length]."""
-    length = config.block_length
-    for attempt in count():
-        limit = wanted * _DOCUMENTS_PER_BLOCK * 4**attempt
+    length, limit = config.block_length, wanted * _DOCUMENTS_PER_BLOCK
+    while True:
         texts = _first_documents(opened, limit, config.seed, split)
         ids = [token for part in tokenizer(texts)["input_ids"] for token in part] if texts else []
         if len(ids) >= wanted * length:
@@ -127,7 +125,7 @@ def _blocks(
                 f"{name} gives {len(ids):,} tokens in {len(texts)} documents of its {split} split, and {wanted} blocks "
                 f"of {length} need {wanted * length:,}; ask for fewer or shorter blocks, or add text"
             )
-    raise AssertionError("unreachable: the number of documents is finite")
+        limit *= 4
 
 
 def _first_documents(opened: Input, limit: int, seed: int, split: Split) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launch.errors import DataError
@@ -135,7 +135,7 @@ def load_statistics(path: Path) -> tuple[LayerStatistics, Tensor]:
                 raise DataError(f"{path} holds no statistics of this version ({FORMAT}); run `unmask moe calibrate`")
             names = [f.name for f in fields(LayerStatistics)]
             return LayerStatistics(**{n: file.get_tensor(n) for n in names}), file.get_tensor("weight_gram")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}); remove it and run `unmask moe calibrate` again") from None
 
 

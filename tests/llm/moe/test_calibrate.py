@@ -117,6 +117,20 @@ def test_a_later_call_measures_the_missing_layers_only(
     assert [statistics_file(folder, layer).read_bytes() for layer in (0, 1)] == whole
 
 
+def test_a_torn_file_of_sums_is_named(tmp_path: Path, runtime: Runtime) -> None:
+    source, folder = open_source(saved(tmp_path / "model", "mixtral")), tmp_path / "statistics"
+    calibrate(source, text, folder, runtime)
+    file = statistics_file(folder, 1)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"layer_001.safetensors cannot be read .*; remove it"):
+        read_layers(folder, source)
+
+
+def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no layer with experts"):
+        open_source(change_config(saved(tmp_path / "model", "qwen2_moe"), mlp_only_layers=[0, 1]))
+
+
 def test_a_folder_of_another_text_or_model_is_refused(tmp_path: Path, runtime: Runtime) -> None:
     source, folder = open_source(saved(tmp_path / "model", "mixtral")), tmp_path / "statistics"
     calibrate(source, text, folder, runtime)

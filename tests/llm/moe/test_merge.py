@@ -7,7 +7,7 @@ import torch
 
 from launch import config as configs
 from launch import runtime as runtimes
-from launch.errors import ConfigError
+from launch.errors import ConfigError, DataError
 from launch.runtime import Runtime
 from llm.moe.calibrate import calibrate
 from llm.moe.calibration_text import CalibrationText
@@ -170,3 +170,10 @@ def test_a_recipe_without_meaning_is_refused_before_any_work(
         merged(calibrated, tmp_path / "merged", **recipe)
     assert words in str(refusal.value)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_torn_layer_is_named(calibrated: Path, tmp_path: Path) -> None:
+    merged(calibrated, tmp_path)
+    layer_file(tmp_path, 1).write_bytes(layer_file(tmp_path, 1).read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"layer_001.safetensors cannot be read"):
+        load_layer(tmp_path, 1)
