@@ -1,9 +1,11 @@
 """Ways of merging side by side: every recipe at every number of experts on every model, judged by the same text.
 
-COMPARISON/MODEL/
-    statistics/               of `unmask moe calibrate`
-    NAME-r4/merged/           of `unmask moe merge`, removed once judged
-    NAME-r4/result.json       written last; a later call leaves it alone
+COMPARISON/
+    comparison.json           calibration, judging and recipes; a later call goes on only if they are the same
+    GROUP/MODEL/
+        statistics/           of `unmask moe calibrate`
+        NAME-r4/merged/       of `unmask moe merge`, removed once judged
+        NAME-r4/result.json   written last; a later call leaves it alone
 
 A model that was trained several times, from different seeds, is listed once a seed: spreads are over these.
 """
@@ -26,13 +28,15 @@ from llm.moe.assemble import load_whole, with_merged
 from llm.moe.calibrate import calibrate
 from llm.moe.calibration_text import CalibrationConfig, build_text
 from llm.moe.clustering import check_clusters
+from llm.moe.files import save_json
 from llm.moe.judge import Generation, Likelihood, judge_generation, judge_likelihood
 from llm.moe.merge import load_layer, merge
 from llm.moe.recipe import MergeConfig
-from llm.moe.source import Source, open_source
+from llm.moe.source import Source, check_length, open_source
 
 ORIGINAL = "original"
 FORMAT = "unmask-moe-comparison-1"
+_MANIFEST = "comparison.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,21 @@ class JudgingConfig:
     length: int = 64  # tokens that are written
     tasks: tuple[str, ...] = ()  # of the harness, as in `unmask eval --tasks`
     limit: int | None = None  # documents of each task
+
+    def check(self, path: str) -> None:
+        for name, least in (("blocks", 1), ("block_length", 2), ("continuations", 0), ("beginning", 1), ("length", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{path}.{name} = {getattr(self, name)}; the smallest is {least}")
+        if self.continuations > self.blocks:
+            raise ConfigError(
+                f"{path}.continuations = {self.continuations}, and each begins like one of {path}.blocks = "
+                f"{self.blocks}; raise the latter"
+            )
+        if self.beginning > self.block_length:
+            raise ConfigError(
+                f"{path}.beginning = {self.beginning}, but held-out blocks have {path}.block_length = "
+                f"{self.block_length} tokens; lower the former"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +83,20 @@ class ComparisonConfig:
             raise ConfigError("a comparison names models, numbers of experts and recipes; one of them is empty")
         if ORIGINAL in self.recipes:
             raise ConfigError(f"recipes.{ORIGINAL}: the name stands for the model itself; choose another")
-        for name in self.recipes:
-            self.recipe(name, self.experts[0])
+        for group, listed in self.models.items():
+            if not isinstance(listed, list) or not listed or not all(isinstance(folder, str) for folder in listed):
+                raise ConfigError(f"models.{group} = {listed!r}; it is a list of folders, such as [models/seed0]")
+            names = [Path(folder).name for folder in listed]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ConfigError(
+                    f"models.{group} has {len(twice)} folders called {twice[0]!r}, and results are kept by that name; "
+                    "rename them"
+                )
+        for name, keys in self.recipes.items():
+            if not isinstance(keys, dict):
+                raise ConfigError(f"recipes.{name} = {keys!r}; it holds keys of a recipe, such as {{linkage: average}}")
+            for count in self.experts:
+                self.recipe(name, count)
 
     def recipe(self, name: str, experts: int) -> MergeConfig:
         return configs.from_dict(MergeConfig, {**self.recipes[name], "experts": experts}, source=f"recipes.{name}")
@@ -94,6 +125,12 @@ def compare(config: ComparisonConfig, out: Path, runtime: Runtime) -> list[Resul
     for source in sources.values():
         for count in config.experts:
             check_clusters(count, source.shape.num_experts)
+        judging, length = config.judging, config.calibration.block_length
+        check_length(source, length, f"calibration.block_length = {length}")
+        check_length(source, judging.block_length, f"judging.block_length = {judging.block_length}")
+        written = judging.beginning + judging.length
+        check_length(source, written, f"judging.beginning + judging.length = {written}")
+    _begin(config, out)
     jobs = [(ORIGINAL, 0)] + [(name, count) for count in config.experts for name in config.recipes]
     results = []
     with tqdm(total=len(folders) * len(jobs), desc="compare", unit="merge") as bar:
@@ -104,18 +141,39 @@ def compare(config: ComparisonConfig, out: Path, runtime: Runtime) -> list[Resul
                 file = place / (name if name == ORIGINAL else f"{name}-r{count}") / "result.json"
                 if not file.exists():
                     judge = judge or _Judge(config, sources[folder], place, runtime)
-                    result = judge.result(group, name, count, file.parent)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    partial = file.with_name("result.json.tmp")
-                    partial.write_text(json.dumps(configs.to_dict(result), indent=1) + "\n")
-                    partial.replace(file)
-                results.append(read_result(file))
+                    save_json(configs.to_dict(judge.result(group, name, count, file.parent)), file)
+                if (merged := file.with_name("merged")).exists():  # or a kill has left it behind its result
+                    shutil.rmtree(merged)
+                result = read_result(file)
+                if Path(result.folder).resolve() != folder.resolve():
+                    raise ConfigError(
+                        f"{file} is of {result.folder}, not of {folder}; choose another folder than {out}"
+                    )
+                results.append(result)
                 bar.update()
     return results
 
 
 def read_result(file: Path) -> Result:
     return configs.from_dict(Result, json.loads(file.read_text()), source=str(file))
+
+
+def _begin(config: ComparisonConfig, out: Path) -> None:
+    """Record what results in `out` mean. Further recipes, models and numbers of experts may come later."""
+    tree = configs.to_dict(config)
+    mine = {"format": FORMAT, **{key: tree[key] for key in ("calibration", "judging", "recipes")}}
+    if (out / _MANIFEST).exists():
+        found = json.loads((out / _MANIFEST).read_text())
+        common = {name: keys for name, keys in found["recipes"].items() if name in mine["recipes"]}
+        for key, old, new in (
+            ("calibration", found["calibration"], mine["calibration"]),
+            ("judging", found["judging"], mine["judging"]),
+            *((f"recipes.{name}", keys, mine["recipes"][name]) for name, keys in common.items()),
+        ):
+            if old != new:
+                raise ConfigError(f"{out} holds results of another {key} ({old}); choose another folder, or remove it")
+        mine["recipes"] = found["recipes"] | mine["recipes"]
+    save_json(mine, out / _MANIFEST)
 
 
 class _Judge:
@@ -130,11 +188,6 @@ class _Judge:
             data=judging.data or config.calibration.data, blocks=judging.blocks, block_length=judging.block_length
         )
         self._blocks = build_text(heldout, self._tokenizer, split="test").blocks.to(runtime.device)
-        if judging.continuations > len(self._blocks):
-            raise ConfigError(
-                f"judging.continuations = {judging.continuations}, and each begins like one of judging.blocks = "
-                f"{len(self._blocks)}; raise the latter"
-            )
 
     def result(self, group: str, name: str, experts: int, folder: Path) -> Result:
         seconds, model = 0.0, self._original
@@ -145,7 +198,6 @@ class _Judge:
             seconds = time.monotonic() - begin
             layers = {n: load_layer(merged, n) for n in self._source.shape.moe_layers}
             model = with_merged(self._original, self._source, layers)
-            shutil.rmtree(merged)
         judging = self._config.judging
         accuracies = self._tasks(model)
         return Result(

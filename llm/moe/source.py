@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from launch.errors import DataError
+from launch.errors import ConfigError, DataError
 from llm.moe.architectures import MoeShape, layer_prefix, moe_shape, read_config
 from llm.moe.experts import Experts
 
@@ -112,6 +112,12 @@ def open_source(folder: Path) -> Source:
             f"{len(shape.moe_layers)} layers; fetch the checkpoint again"
         )
     return Source(folder=folder, config=config, shape=shape, shards=shards)
+
+
+def check_length(source: Source, length: int, what: str) -> None:
+    """ConfigError that begins with `what`, a setting, if texts of `length` tokens are longer than the model takes."""
+    if length > (most := source.config.max_position_embeddings):
+        raise ConfigError(f"{what}; {source.folder} takes {most} tokens at most")
 
 
 def _entries(folder: Path) -> dict[str, str]:

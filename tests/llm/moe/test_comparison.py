@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from launch.errors import ConfigError
 from launch.runtime import Runtime
 from llm.moe import comparison
 from llm.moe.comparison import ComparisonConfig, Result, compare, table
-from llm.moe.judge import Generation, Likelihood, repeated_4grams, unigram_entropy
+from llm.moe.judge import Generation, Likelihood
 from tests.shape_true import write_shape
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -65,6 +66,115 @@ def test_more_experts_than_a_model_has_are_refused_before_any_work(config: Compa
     assert not (tmp_path / "out").exists()
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_a_comparison_that_is_killed_goes_on_with_what_it_has_merged_and_judged(
+    config: ComparisonConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = compare(config, tmp_path / "whole", alone())
+    out, judge, calls = tmp_path / "out", comparison.judge_likelihood, []
+
+    def killed_at_the_third(*arguments: Any) -> Likelihood:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Killed
+        return judge(*arguments)
+
+    monkeypatch.setattr(comparison, "judge_likelihood", killed_at_the_third)
+    with pytest.raises(Killed):
+        compare(config, out, alone())
+    place = out / "small" / "model"
+    assert sorted(path.parent.name for path in place.rglob("result.json")) == ["hc-r4", "original"]
+    layer = place / "reap-r4" / "merged" / "layer_000.safetensors"
+    made = layer.stat().st_mtime_ns
+    (place / "hc-r4" / "merged").mkdir()  # as a kill before its removal leaves it behind
+    loaded: list[int] = []
+    load = comparison.load_layer
+    monkeypatch.setattr(
+        comparison,
+        "load_layer",
+        lambda folder, n: (loaded.append(layer.stat().st_mtime_ns) if "reap-r4" in str(folder) else 0, load(folder, n))[
+            1
+        ],
+    )
+    found = compare(config, out, alone())
+    assert loaded == [made, made] and len(calls) == 6  # the third was judged again
+    assert [replace(r, seconds=0.0) for r in found] == [replace(r, seconds=0.0) for r in expected]
+    assert not list(out.rglob("merged"))
+
+
+def test_results_of_another_calibration_judging_recipe_or_model_are_refused(
+    config: ComparisonConfig, tmp_path: Path
+) -> None:
+    small = replace(config, experts=(4,), recipes={"hc": {}})
+    out = tmp_path / "out"
+    compare(small, out, alone())
+    for other, words in (
+        (replace(small, calibration=replace(small.calibration, seed=1)), "another calibration"),
+        (replace(small, judging=replace(small.judging, blocks=2)), "another judging"),
+        (replace(small, recipes={"hc": {"linkage": "single"}}), r"another recipes\.hc"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            compare(other, out, alone())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").rename(tmp_path / "elsewhere" / "model")
+    moved = replace(small, models={"small": [str(tmp_path / "elsewhere" / "model")]})
+    with pytest.raises(ConfigError, match=r"is of .*model, not of .*elsewhere/model"):
+        compare(moved, out, alone())
+    (tmp_path / "elsewhere" / "model").rename(tmp_path / "model")
+    more = compare(replace(small, experts=(4, 3), recipes={"reap": {"group": "prune"}}), out, alone())
+    assert [(r.recipe, r.experts) for r in more] == [("original", 8), ("reap", 4), ("reap", 3)]
+    with pytest.raises(ConfigError, match=r"another recipes\.hc"):  # it is still known
+        compare(replace(small, recipes={"hc": {"linkage": "single"}}), out, alone())
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("", {"models": {}}, "one of them is empty"),
+        ("", {"models": {"a": "models/one"}}, "it is a list of folders"),
+        ("", {"models": {"a": ["runs/0/hf", "runs/1/hf"]}}, "has 2 folders called 'hf'"),
+        ("", {"recipes": {"original": {}}}, "stands for the model itself"),
+        ("", {"recipes": {"a": "hc"}}, "it holds keys of a recipe"),
+        ("", {"recipes": {"a": {"group": "hirarchical"}}}, "did you mean 'hierarchical'"),
+        ("", {"recipes": {"a": {"protect": 2}}}, "protect = 2; of experts = 2"),  # fits 4, not 2
+        ("judging", {"continuations": 4}, "judging.continuations = 4"),
+        ("judging", {"beginning": 33}, "judging.beginning = 33"),
+        ("judging", {"block_length": 1}, "judging.block_length = 1"),
+        ("judging", {"length": 0}, "judging.length = 0"),
+    ],
+)
+def test_comparisons_without_meaning_are_refused(
+    config: ComparisonConfig, section: str, changes: dict[str, Any], words: str
+) -> None:
+    tree = configs.to_dict(config)
+    changed = tree | changes if not section else tree | {section: tree[section] | changes}
+    with pytest.raises(ConfigError) as refusal:
+        configs.from_dict(ComparisonConfig, changed, source="test")
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"calibration": {"block_length": 65}}, r"calibration.block_length = 65; .* takes 64 tokens"),
+        ({"judging": {"block_length": 65}}, r"judging.block_length = 65; .* takes 64 tokens"),
+        ({"judging": {"length": 57}}, r"judging.beginning \+ judging.length = 65; .* takes 64 tokens"),
+    ],
+)
+def test_texts_that_are_longer_than_a_model_takes_are_refused_before_any_work(
+    config: ComparisonConfig, changes: dict[str, dict[str, int]], words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 64}))
+    sections = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
+    with pytest.raises(ConfigError, match=words):
+        compare(replace(config, **sections), tmp_path / "out", alone())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_table_shows_means_and_deviations_over_models() -> None:
     def result(nats: float) -> Result:
         return Result(
@@ -88,11 +198,3 @@ def test_a_table_shows_means_and_deviations_over_models() -> None:
     assert cells[7:] == ["2.00", "0.125", "1,000", "2.0"]
     (row,) = table([result(1.0)]).splitlines()[2:]
     assert "1.0000 (0.5000)" in row  # of one model: its standard error
-
-
-def test_entropy_and_repetition_of_a_text_by_hand() -> None:
-    assert unigram_entropy([7, 7, 8, 8]) == pytest.approx(0.6931471805599453)
-    assert unigram_entropy([5, 5, 5]) == pytest.approx(0.0)
-    assert repeated_4grams([1, 2, 3, 4, 5]) == 0.0
-    assert repeated_4grams([1, 2, 1, 2, 1, 2, 1]) == 0.5  # 1212 2121 1212 2121
-    assert repeated_4grams([1, 2]) == 0.0
