@@ -4,14 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.errors import ConfigError
 from launch.runtime import Runtime
 from llm.moe.architectures import MoeShape
 from llm.moe.assemble import load_tokenizer
 from llm.moe.calibrate import calibrate
 from llm.moe.calibration_text import CalibrationConfig, build_text
-from llm.moe.source import Source, open_source
-from llm.moe.verbs.ranks import on_ranks
+from llm.moe.source import Source, check_length, open_source
+from llm.moe.verbs.ranks import check_processes, on_ranks
 
 _EXAMPLES = """\
 examples:
@@ -33,11 +32,8 @@ def main(argv: Sequence[str]) -> int:
     )
     config.check()
     source = open_source(options.model)
-    if source.config.max_position_embeddings < config.block_length:
-        raise ConfigError(
-            f"--block-length {config.block_length}; {options.model} takes {source.config.max_position_embeddings} "
-            "tokens at most"
-        )
+    check_length(source, config.block_length, f"--block-length {config.block_length}")
+    check_processes(options.nproc)
     if options.dry_run:
         print(forecast(source, config, options.nproc))
         return 0

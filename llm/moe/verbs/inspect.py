@@ -9,7 +9,7 @@ import numpy as np
 
 from launch.errors import ConfigError
 from llm.moe.calibrate import statistics_file
-from llm.moe.clustering import Dendrogram, Labels, Linkage, dendrogram, labels
+from llm.moe.clustering import Dendrogram, Labels, Linkage, check_clusters, dendrogram, labels
 from llm.moe.recipe import MergeConfig
 from llm.moe.representations import Array, combined, distances
 from llm.moe.statistics import LayerStatistics, load_statistics
@@ -34,8 +34,12 @@ def main(argv: Sequence[str]) -> int:
     file = statistics_file(options.statistics, options.layer)
     if not file.exists():
         there = sorted(int(path.stem.split("_")[1]) for path in options.statistics.glob("layer_*.safetensors"))
+        if not there:
+            raise ConfigError(f"{options.statistics} holds no statistics; calibrate first: unmask moe calibrate")
         raise ConfigError(f"--layer {options.layer}: {options.statistics} has statistics of layers {there}")
     statistics, gram = load_statistics(file)
+    if options.experts is not None:
+        check_clusters(options.experts, statistics.num_experts)
     terms = MergeConfig(experts=1, representation=options.representation).terms
     one = next(iter(terms))
     matrix = distances(statistics, gram, one) if len(terms) == 1 else combined(statistics, gram, terms)
@@ -82,5 +86,6 @@ def draw(tree: Dendrogram, matrix: Array, statistics: LayerStatistics, path: Pat
         figure.colorbar(image, ax=middle, label="distance", shrink=0.8)
         bottom.bar(np.arange(experts), statistics.frequency().numpy()[order], color="#0072B2")
         bottom.set(xlim=(-0.5, experts - 0.5), ylabel="selections", xlabel="expert", xticks=ticks, xticklabels=names)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(figure)

@@ -7,6 +7,7 @@ from pathlib import Path
 from launch import config as configs
 from launch.errors import ConfigError
 from llm.moe.clustering import check_clusters
+from llm.moe.formats import plan, predicted_bytes
 from llm.moe.merge import merge
 from llm.moe.recipe import MergeConfig
 from llm.moe.source import Source, open_source
@@ -24,13 +25,15 @@ keys and their meanings: unmask moe merge --explain
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(argv)
-    config, sources = configs.load(MergeConfig, options.recipe, options.overrides)
+    models = [word for word in options.words if "=" not in word or Path(word).exists()]
+    overrides = [word for word in options.words if word not in models]
     if options.explain:
-        print(configs.explain(config, sources, None))
+        print(explain(options.recipe, overrides))
         return 0
-    if options.model is None or options.statistics is None or options.out is None:
-        raise ConfigError("unmask moe merge needs MODEL, --statistics and --out; see unmask moe merge --help")
-    source = open_source(options.model)
+    if len(models) != 1 or options.statistics is None or options.out is None:
+        raise ConfigError("unmask moe merge needs one MODEL, --statistics and --out; see unmask moe merge --help")
+    config, _ = configs.load(MergeConfig, options.recipe, overrides)
+    source = open_source(Path(models[0]))
     check_clusters(config.experts, source.shape.num_experts)
     if options.dry_run:
         print(forecast(source, config))
@@ -45,18 +48,24 @@ def main(argv: Sequence[str]) -> int:
     )
 
 
+def explain(recipe: Path | None, overrides: Sequence[str]) -> str:
+    """Every key of a recipe; the number of experts need not be known yet."""
+    named = "experts" in configs.read_tree(recipe, overrides)
+    config, sources = configs.load(MergeConfig, recipe, overrides if named else [*overrides, "experts=1"])
+    return configs.explain(config, sources if named else sources | {"experts": "required"}, None)
+
+
 def forecast(source: Source, config: MergeConfig) -> str:
     """Sizes, and whether the text is read again."""
     shape = source.shape
     saved = (shape.num_experts - config.experts) * len(shape.moe_layers) * shape.expert_parameters
-    total = sum((source.folder / file).stat().st_size for file in set(source.shards.values()))
-    sample = source.tensor(shape.architecture.expert(shape.moe_layers[0], 0, "down"))
-    size = total - saved * sample.element_size()
+    before = predicted_bytes(plan(source, "expanded", dict.fromkeys(shape.moe_layers, shape.num_experts)))
+    after = predicted_bytes(plan(source, "compact", dict.fromkeys(shape.moe_layers, config.experts)))
     return "\n".join(
         [
             f"experts     {shape.num_experts} -> {config.experts} in {len(shape.moe_layers)} layers",
             f"parameters  {saved:,} fewer; those that work on a token stay as many ({shape.rule.top_k} experts)",
-            f"size        {total:,} -> {size:,} bytes in the compact format",
+            f"size        {before:,} -> {after:,} bytes in the compact format",
             f"text        {'goes through the layers again' if config.reads_tokens else 'is not read again'}",
         ]
     )
@@ -73,9 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "model", type=Path, nargs="?", metavar="MODEL", help="the Hugging Face folder that was calibrated"
+        "words",
+        nargs="*",
+        default=[],
+        metavar="MODEL key=value",
+        help="the Hugging Face folder that was calibrated, and keys of the recipe: experts=4 ...",
     )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the recipe: experts=4 ...")
     parser.add_argument("--statistics", type=Path, metavar="STATISTICS", help="folder of `unmask moe calibrate`")
     parser.add_argument("--out", type=Path, metavar="MERGED", help="folder of the merged layers")
     parser.add_argument("--recipe", type=Path, metavar="YAML", help="a recipe: configs/llm/moe/recipes/*.yaml")

@@ -14,8 +14,8 @@ from llm.moe.assemble import load_tokenizer
 from llm.moe.calibration_text import CalibrationConfig, build_text
 from llm.moe.fidelity import LayerFidelity, judge_layers
 from llm.moe.formats import plan, predicted_bytes
-from llm.moe.merge import load_layer, read_merge
-from llm.moe.source import Source, open_source
+from llm.moe.merge import load_map, read_merge
+from llm.moe.source import Source, check_length, open_source
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,9 +33,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--block-length", type=int, default=512, help="tokens of a block (512)")
     options = parser.parse_args(argv)
     config = CalibrationConfig(data=tuple(options.data), blocks=options.blocks, block_length=options.block_length)
-    config.check("--data, --blocks, ...")
+    config.check("report")
     manifest = read_merge(options.merged)
     source = open_source(Path(manifest["model_folder"]))
+    check_length(source, config.block_length, f"--block-length {config.block_length}")
     text = build_text(config, load_tokenizer(source.folder), split="test")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judged = judge_layers(source, options.merged, dict(enumerate(text.blocks)), device)
@@ -50,14 +51,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def sizes_of(source: Source, merged: Path) -> dict[str, Any]:
-    """Bytes on disk and in memory, parameters, and FLOPs of a token, before and after."""
+    """Bytes of all tensors, on disk and in memory, parameters, and FLOPs of a token, before and after."""
     shape = source.shape
-    counts = {n: len(load_layer(merged, n).experts) for n in shape.moe_layers}
+    counts = {n: int(load_map(merged, n).max()) + 1 for n in shape.moe_layers}
     dropped = sum((shape.num_experts - count) * shape.expert_parameters for count in counts.values())
-    before = sum((source.folder / file).stat().st_size for file in set(source.shards.values()))
     active = len(shape.moe_layers) * shape.rule.top_k * shape.expert_parameters
     return {
-        "bytes_before": before,
+        "bytes_before": predicted_bytes(plan(source, "expanded", dict.fromkeys(counts, shape.num_experts))),
         "bytes_compact": predicted_bytes(plan(source, "compact", counts)),
         "parameters_dropped": dropped,
         "expert_flops_of_a_token": 2 * active,
