@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llm.moe import judge
 from llm.moe.judge import judge_generation, judge_likelihood, repeated_4grams, unigram_entropy
 from tests import mixtures
 
@@ -108,6 +109,13 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model() -> None:
     drawn = torch.bincount(model.texts[-1][:, 1], minlength=4) / 10_000
     assert drawn[3] == 0
     assert (drawn - probabilities[0]).abs().max() < 4 * 0.005  # four standard errors
+
+
+def test_a_draw_of_zero_takes_no_token_that_cannot_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "uniform", lambda _key, rows, count, dtype: torch.zeros(len(rows), count, dtype=dtype))
+    model = Bigram(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    judge_generation(model, model, torch.zeros(1, 1, dtype=torch.int64), length=2)
+    assert model.texts[-1].tolist() == [[0, 1, 1]]
 
 
 def test_nats_under_the_original_are_those_of_what_was_written_alone() -> None:

@@ -186,6 +186,16 @@ def test_parameters_and_flops_are_those_counted_by_hand(tiny_mixtures: TinyMixtu
     assert task.flops_per_token() == 6 * head_once + 6 * 2 * 16 * 16  # causal: half of 12 layers x length x width
 
 
+def test_attention_is_charged_by_its_heads_where_they_are_wider_than_the_model(
+    tiny_mixtures: TinyMixtures, tmp_path: Path
+) -> None:
+    """As in Qwen3-30B-A3B: 32 heads of 128 features on a width of 2048."""
+    upcycle(dense(tmp_path / "dense", head_dim=16), tmp_path / "mixture", UpcycleConfig(experts=4))
+    task = made(tiny_mixtures.mixtral, f"model.start={tmp_path / 'mixture'}")
+    layer = 16 * (2 * 16 + 16 + 16 + 2 * 16) + 2 * 16 + 4 * 16 + 2 * 3 * 16 * 32
+    assert task.flops_per_token() == 6 * (2 * layer + 16 + VOCAB_SIZE * 16) + 6 * 2 * 16 * (2 * 16)
+
+
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
