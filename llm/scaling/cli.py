@@ -1,45 +1,23 @@
 """`unmask scaling plan|run|fit|report`: scaling laws from ladders of small models."""
 
-import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 
-from launch.errors import ConfigError
+from launch.verbs import Verb, run_verb
 
 VERBS = {
-    "plan": "the points of a ladder: sizes, tokens, FLOPs, time; trains nothing",
-    "run": "train and judge the points, or those that are missing",
-    "fit": "scaling laws from the results of a study",
-    "report": "tables and figures of a study",
+    "plan": Verb(
+        text="the points of a ladder: sizes, tokens, FLOPs, time; trains nothing", function="llm.scaling.table:main"
+    ),
+    "run": Verb(text="train and judge the points, or those that are missing", function="llm.scaling.run:main"),
+    "fit": Verb(text="scaling laws from the results of a study", function="llm.scaling.report:main_fit"),
+    "report": Verb(text="tables and figures of a study", function="llm.scaling.report:main_report"),
 }
+_DESCRIPTION = "Scaling laws from ladders of small models at matched FLOPs, under valid likelihood bounds."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="unmask scaling",
-        description="Scaling laws from ladders of small models at matched FLOPs, under valid likelihood bounds.",
-        epilog="  ".join(f"{verb}: {text}." for verb, text in VERBS.items()),
-    )
-    parser.add_argument("verb", metavar="VERB", help=f"one of {', '.join(VERBS)}; unmask scaling VERB --help")
-    if not arguments or arguments[0].startswith("-"):
-        parser.parse_args(arguments)
-    verb, rest = arguments[0], arguments[1:]
-    if verb == "plan":
-        from llm.scaling import table
-
-        return table.main(rest)
-    if verb == "run":
-        from llm.scaling import run
-
-        return run.main(rest)
-    if verb in ("fit", "report"):
-        from llm.scaling import report
-
-        return report.main_fit(rest) if verb == "fit" else report.main_report(rest)
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    raise ConfigError(f"there is no verb {verb!r}{f'; did you mean {near[0]!r}?' if near else ''}; {', '.join(VERBS)}")
+    return run_verb("scaling", _DESCRIPTION, VERBS, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -224,9 +224,9 @@ def test_every_verb_explains_itself(arguments: list[str], capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     shown = capsys.readouterr()
-    assert ended.value.code == (0 if arguments else 2)
+    assert ended.value.code == 0
     assert f"usage: unmask moe {arguments[0] if len(arguments) == 2 else '[-h] VERB'}" in shown.out + shown.err
-    if arguments == ["--help"]:
+    if arguments in ([], ["--help"]):  # as `unmask` alone
         assert all(verb in shown.out for verb in VERBS)
 
 
